@@ -1,0 +1,24 @@
+"""What every other part stands on: argument checks, tree helpers, random keys."""
+
+from jaxopt_suite.core.checks import (
+    check_choice,
+    check_int,
+    check_learning_rate,
+    check_number,
+    check_real_floating,
+)
+from jaxopt_suite.core.prng import leaf_keys
+from jaxopt_suite.core.trees import accumulator_dtype, batch_by_shape, map_unzip, tree_bytes
+
+__all__ = [
+    "accumulator_dtype",
+    "batch_by_shape",
+    "check_choice",
+    "check_int",
+    "check_learning_rate",
+    "check_number",
+    "check_real_floating",
+    "leaf_keys",
+    "map_unzip",
+    "tree_bytes",
+]

@@ -1,0 +1,276 @@
+"""Every public recipe, with what is needed to make, test, compare and document it."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from jaxopt_suite.optimizers import subset_norm, subspace_momentum
+from jaxopt_suite.optimizers.grams import grams
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """A reference; ``arxiv`` is the identifier, empty where the method has no arXiv version."""
+
+    title: str
+    arxiv: str
+    year: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A ready optimizer and what is known about it.
+
+    Attributes:
+      name: as on the command line.
+      factory: ``factory(learning_rate, **hyperparameters)``, an optax-style constructor.
+      learning_rate: peak rate tuned on the default task: the ``nano`` model on the standard
+        library's sources, batch 16, sequence length 128, 300 steps
+        (``benchmarks/results/tuning.json``).
+      defaults: hyperparameters that comparisons use in place of the factory's own defaults.
+      paper: where the method is from.
+      state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),
+        r = rank clipped to what the matrix has; counters of one element are not counted.
+      state_elements: the same as a function ``(m, n, **hyperparameters)``.
+      peer: whether it is somebody else's, listed as a baseline.
+      communicates: whether it calls collectives; such a recipe takes ``axis_name``.
+      wire: what it sends per step.
+      schedule: the learning-rate schedule it is meant for: ``"cosine"`` or ``"constant"``, both
+        after a linear warm-up.
+      eval_params: ``(opt_state, params) -> params``: where to evaluate, if not at the parameters
+        that are trained.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    learning_rate: float
+    paper: Paper
+    state_formula: str
+    state_elements: Callable[..., int]
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    peer: bool = False
+    communicates: bool = False
+    wire: str = "nothing"
+    schedule: str = "cosine"
+    eval_params: Callable[[Any, Any], Any] | None = None
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The legal hyperparameters and their default values, the learning rate left out."""
+        signature = inspect.signature(self.factory)
+        own = {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if name != "learning_rate"
+        }
+        return own | dict(self.defaults)
+
+    def make(
+        self, learning_rate: optax.ScalarOrSchedule, **hyperparameters: Any
+    ) -> optax.GradientTransformation:
+        """Builds the transformation.
+
+        Args:
+          learning_rate: a number or a schedule.
+          **hyperparameters: any of ``self.hyperparameters()``.
+
+        Raises:
+          ValueError: for a name the recipe does not have (the message lists the legal ones), or a
+            value the factory refuses.
+        """
+        legal = self.hyperparameters()
+        for name in hyperparameters:
+            if name not in legal:
+                raise ValueError(
+                    f"{self.name} has no hyperparameter {name!r}; "
+                    f"it has: {', '.join(sorted(legal))}"
+                )
+        return self.factory(learning_rate, **{**self.defaults, **hyperparameters})
+
+
+_SN = Paper(
+    "Lean and Mean Adaptive Optimization via Subset-Norm and Subspace-Momentum "
+    "with Convergence Guarantees",
+    "2411.07120",
+    2024,
+)
+
+
+def _subset_elements(m: int, n: int, *, subset: subset_norm.Subset = "heuristic", **_: Any) -> int:
+    """Second-moment elements of subset-norm: the shape that the transformation itself allocates."""
+    return math.prod(subset_norm.nu_shape((m, n), subset))
+
+
+def _snsm_elements(
+    m: int, n: int, *, rank: int = 128, projection: str = "svd", **hyperparameters: Any
+) -> int:
+    a, b = min(m, n), max(m, n)
+    if projection in ("svd", "approx_svd"):
+        r = min(rank, a)
+        momentum = r * b + r * a
+    else:
+        r = min(rank, b)
+        momentum = r * a + r
+    return momentum + _subset_elements(m, n, **hyperparameters)
+
+
+def _adafactor_elements(m: int, n: int, *, min_dim_size_to_factor: int = 128, **_: Any) -> int:
+    # optax keeps placeholders of one element where a leaf is (not) factored.
+    return m + n + 1 if min(m, n) >= min_dim_size_to_factor else m * n + 2
+
+
+def _galore_elements(m: int, n: int, *, rank: int = 128, **_: Any) -> int:
+    a, b = min(m, n), max(m, n)
+    r = min(rank, a)
+    return 2 * r * a + r * b
+
+
+def _hidden_matrices(params: optax.Params) -> Any:
+    """Muon for the matrices between embedding and head, AdamW for the rest, as its authors do."""
+
+    def dimension_numbers(path: tuple[Any, ...], leaf: Any) -> Any:
+        outer = any(name in jax.tree_util.keystr(path) for name in ("embed", "head"))
+        hidden = len(jnp.shape(leaf)) == 2 and not outer
+        return optax.contrib.MuonDimensionNumbers() if hidden else None
+
+    return jax.tree_util.tree_map_with_path(dimension_numbers, params)
+
+
+def _ours() -> list[Recipe]:
+    return [
+        Recipe(
+            name="grams",
+            factory=grams,
+            learning_rate=2e-3,
+            paper=Paper(
+                "Grams: Gradient Descent with Adaptive Momentum Scaling", "2412.17107", 2024
+            ),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+        ),
+        Recipe(
+            name="adam_sn",
+            factory=subset_norm.adam_sn,
+            learning_rate=2e-2,
+            paper=_SN,
+            state_formula="mn + b",
+            state_elements=lambda m, n, **hp: m * n + _subset_elements(m, n, **hp),
+        ),
+        Recipe(
+            name="rmsprop_sn",
+            factory=subset_norm.rmsprop_sn,
+            learning_rate=2e-2,
+            paper=_SN,
+            state_formula="b",
+            state_elements=_subset_elements,
+        ),
+        Recipe(
+            name="adagrad_sn",
+            factory=subset_norm.adagrad_sn,
+            learning_rate=3e-1,
+            paper=_SN,
+            state_formula="b",
+            state_elements=lambda m, n, **hp: (
+                (0 if hp.get("b1") is None else m * n) + _subset_elements(m, n, **hp)
+            ),
+        ),
+        Recipe(
+            name="adam_snsm",
+            factory=subspace_momentum.adam_snsm,
+            learning_rate=2e-2,
+            defaults={"rank": 32, "refresh_every": 50},
+            paper=_SN,
+            state_formula="rb + ra + b",
+            state_elements=_snsm_elements,
+        ),
+    ]
+
+
+def _peers() -> list[Recipe]:
+    peer = functools.partial(Recipe, peer=True)
+    return [
+        peer(
+            name="adamw",
+            factory=optax.adamw,
+            learning_rate=2e-3,
+            paper=Paper("Decoupled Weight Decay Regularization", "1711.05101", 2017),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+        ),
+        peer(
+            name="lion",
+            factory=optax.lion,
+            learning_rate=5e-4,
+            paper=Paper("Symbolic Discovery of Optimization Algorithms", "2302.06675", 2023),
+            state_formula="mn",
+            state_elements=lambda m, n, **_: m * n,
+        ),
+        peer(
+            name="adafactor",
+            factory=optax.adafactor,
+            learning_rate=2e-2,
+            paper=Paper(
+                "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", "1804.04235", 2018
+            ),
+            state_formula="m + n + 1 (mn + 2 where a < 128)",
+            state_elements=_adafactor_elements,
+        ),
+        peer(
+            name="muon",
+            factory=optax.contrib.muon,
+            learning_rate=2e-3,
+            defaults={
+                "consistent_rms": 0.2,  # steps of AdamW's size, so that AdamW's rates carry over
+                "muon_weight_dimension_numbers": _hidden_matrices,
+            },
+            paper=Paper("Muon is Scalable for LLM Training", "2502.16982", 2025),
+            state_formula="mn (2mn for embedding, head and vectors, which get AdamW), and 3 in all",
+            state_elements=lambda m, n, **_: m * n + 3,  # optax keeps its coefficients there
+        ),
+        peer(
+            name="sgd",
+            factory=optax.sgd,
+            learning_rate=3e-1,
+            defaults={"momentum": 0.9},
+            paper=Paper(
+                "On the importance of initialization and momentum in deep learning", "", 2013
+            ),
+            state_formula="mn",
+            state_elements=lambda m, n, **_: m * n,
+        ),
+        peer(
+            name="schedule_free",
+            factory=optax.contrib.schedule_free_adamw,
+            learning_rate=3e-3,
+            paper=Paper("The Road Less Scheduled", "2405.15682", 2024),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+            schedule="constant",
+            eval_params=optax.contrib.schedule_free_eval_params,
+        ),
+        peer(
+            name="galore",
+            factory=optax.contrib.galore,
+            learning_rate=5e-3,
+            defaults={"rank": 32, "update_proj_gap": 50},
+            paper=Paper(
+                "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+                "2403.03507",
+                2024,
+            ),
+            state_formula="2ra + rb",
+            state_elements=_galore_elements,
+        ),
+    ]
+
+
+def registry() -> dict[str, Recipe]:
+    """Every public recipe by name: ours first, then the peers they are compared with."""
+    return {recipe.name: recipe for recipe in [*_ours(), *_peers()]}

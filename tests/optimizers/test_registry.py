@@ -1,0 +1,123 @@
+"""The registry: formulas against the arrays they speak of, and what a recipe refuses."""
+
+import inspect
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxopt_suite import core, optimizers
+
+RECIPES = optimizers.registry()
+SHAPES = [(200, 130), (130, 200), (150, 150)]
+
+
+def stored(recipe, m, n, **hyperparameters):
+    """Array elements and bytes of the state for one matrix, counters of one element left out."""
+    like = {"w": jax.ShapeDtypeStruct((m, n), jnp.float32)}
+    state = jax.eval_shape(recipe.make(0.1, **hyperparameters).init, like)
+    leaves = [x for x in jax.tree.leaves(state) if x.shape]
+    counters = [x for x in jax.tree.leaves(state) if not x.shape]
+    return sum(math.prod(x.shape) for x in leaves), core.tree_bytes(leaves), counters
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_state_is_exactly_what_the_formula_says(name):
+    recipe = RECIPES[name]
+    for m, n in SHAPES:
+        elements, size, _ = stored(recipe, m, n)
+        assert elements == recipe.state_elements(m, n, **recipe.hyperparameters())
+        assert size == 4 * elements
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        ("adam_sn", {"subset": "sqrt"}),
+        ("adam_sn", {"subset": 7}),
+        ("rmsprop_sn", {"subset": -3}),
+        ("adagrad_sn", {"b1": 0.9}),
+        ("adam_snsm", {"projection": "top_rows", "rank": 140}),
+        ("adam_snsm", {"projection": "uniform_rows", "subset": 10}),
+        ("adam_snsm", {"projection": "approx_svd", "rank": 1000}),
+    ],
+)
+def test_formulas_follow_the_hyperparameters(name, hyperparameters):
+    recipe = RECIPES[name]
+    for m, n in SHAPES:
+        elements, size, _ = stored(recipe, m, n, **hyperparameters)
+        assert elements == recipe.state_elements(m, n, **recipe.hyperparameters() | hyperparameters)
+        assert size == 4 * elements
+
+
+def test_the_published_example_of_512_by_1376_at_rank_128():
+    expected = {"grams": 1_409_024, "adam_sn": 705_888, "rmsprop_sn": 1_376, "adam_snsm": 243_040}
+    for name, elements in expected.items():
+        rank = {"rank": 128} if name == "adam_snsm" else {}
+        assert stored(RECIPES[name], 512, 1376, **rank)[0] == elements
+    rows = stored(RECIPES["adam_snsm"], 512, 1376, rank=128, projection="top_rows")
+    assert rows[0] == 67_040
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if not r.peer])
+def test_the_formula_in_words_is_the_formula_in_code(name):
+    recipe = RECIPES[name]
+    m, n = 200, 130
+    names = {"m": m, "n": n, "a": min(m, n), "b": max(m, n), "r": 32}
+    product = re.sub(r"(?<=[0-9a-z])(?=[a-z])", "*", recipe.state_formula)
+    assert eval(product, {}, names) == recipe.state_elements(m, n, **recipe.hyperparameters())
+
+
+def test_our_counters_are_int32_scalars():
+    for name, recipe in RECIPES.items():
+        if not recipe.peer:
+            counters = stored(recipe, 6, 4)[2]
+            assert counters, name
+            assert all(c.dtype == jnp.int32 for c in counters), name
+
+
+def test_names_rates_and_papers_are_in_order():
+    ours = [n for n, r in RECIPES.items() if not r.peer]
+    peers = [n for n, r in RECIPES.items() if r.peer]
+    assert ours == ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
+    assert peers == ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free", "galore"]
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name
+        assert recipe.learning_rate > 0
+        assert recipe.schedule in ("cosine", "constant")
+        assert not recipe.communicates
+        assert recipe.wire == "nothing"
+        assert recipe.paper.title
+        assert 2010 < recipe.paper.year < 2030
+        assert re.fullmatch(r"(\d{4}\.\d{5}|)", recipe.paper.arxiv) or recipe.paper.arxiv < "1501"
+
+
+def test_hyperparameters_are_those_of_the_factory_with_the_tuned_defaults():
+    recipe = RECIPES["adam_snsm"]
+    legal = recipe.hyperparameters()
+    parameters = set(inspect.signature(recipe.factory).parameters)
+    assert set(legal) == parameters - {"learning_rate"}
+    assert legal["rank"] == recipe.defaults["rank"] != 128
+    assert "learning_rate" not in legal
+
+
+def test_an_unknown_hyperparameter_is_refused_with_the_legal_ones():
+    with pytest.raises(
+        ValueError, match=r"grams has no hyperparameter 'beta2'; it has: b1, b2, eps"
+    ):
+        RECIPES["grams"].make(0.1, beta2=0.95)
+
+
+def test_a_recipe_follows_a_schedule():
+    params = {"w": jnp.ones((3, 2))}
+    for name, recipe in RECIPES.items():
+        if name == "schedule_free":  # takes a schedule, but its first step has weight zero there
+            continue
+        tx = recipe.make(lambda count: jnp.where(count == 0, 0.0, 0.1))
+        state = tx.init(params)
+        first, state = tx.update(params, state, params)
+        second, _ = tx.update(params, state, params)
+        assert not jnp.any(first["w"]), name
+        assert jnp.all(second["w"] != 0), name
