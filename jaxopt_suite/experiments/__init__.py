@@ -1,0 +1,1 @@
+"""Data, model, training loop, logs, checkpoints and reports: what the command line runs."""
