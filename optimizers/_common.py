@@ -28,7 +28,7 @@ def bias_correction(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
         log = jnp.log(decay)
     else:
         with np.errstate(divide="ignore"):  # decay 0: log is -inf and the correction is exactly 1
-            log = jnp.asarray(np.log(np.float64(decay)), jnp.result_type(float))
+            log = jnp.asarray(np.log(np.asarray(decay, np.float64)), jnp.result_type(float))
     return -jnp.expm1(count.astype(log.dtype) * log)
 
 
@@ -122,7 +122,7 @@ def matrix_flags(tree: Any, matrix_mask: MatrixMask, who: str) -> list[bool]:
 class EmaState(NamedTuple):
     """State of ``ema``."""
 
-    count: jax.Array  # int32 []: updates so far
+    count: jax.Array  # type: ignore[assignment]  # int32 []: updates so far
     mu: optax.Updates  # mu_dtype (float32), shapes of params
 
 

@@ -13,7 +13,7 @@ from jaxopt_suite.optimizers import _common
 class ScaleByGramsState(NamedTuple):
     """State of ``scale_by_grams``: for an m-by-n matrix 2mn elements, and one counter."""
 
-    count: jax.Array  # int32 []: updates so far
+    count: jax.Array  # type: ignore[assignment]  # int32 []: updates so far
     mu: optax.Updates  # mu_dtype (float32), shapes of params: first moment
     nu: optax.Updates  # float32, shapes of params: second moment
 

@@ -33,8 +33,8 @@ class Recipe:
       name: as on the command line.
       factory: ``factory(learning_rate, **hyperparameters)``, an optax-style constructor.
       learning_rate: peak rate tuned on the default task: the ``nano`` model on the standard
-        library's sources, batch 16, sequence length 128, 300 steps
-        (``benchmarks/results/tuning.json``).
+        library's sources, batch 16, sequence length 128, 200 steps
+        (``benchmarks/results/default_task.json``).
       defaults: hyperparameters that comparisons use in place of the factory's own defaults.
       paper: where the method is from.
       state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),

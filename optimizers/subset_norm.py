@@ -19,7 +19,7 @@ _DEFAULT_B2 = 0.999
 class ScaleBySubsetNormState(NamedTuple):
     """State of ``scale_by_subset_norm``: one number a subset, and the numerator's own state."""
 
-    count: jax.Array  # int32 []: updates so far
+    count: jax.Array  # type: ignore[assignment]  # int32 []: updates so far
     nu: (
         optax.Updates
     )  # float32: [..., m, 1] or [..., 1, n], or [subsets, 1]; shape of p if no matrix

@@ -21,7 +21,7 @@ REFRESH_PHASES = ("before_count", "after_count")
 class ScaleBySubspaceMomentumState(NamedTuple):
     """State of ``scale_by_subspace_momentum``; a = min(m, n), b = max(m, n), r = rank."""
 
-    count: jax.Array  # int32 []: updates so far
+    count: jax.Array  # type: ignore[assignment]  # int32 []: updates so far
     mu_count: jax.Array  # int32 []: updates in the projected momentum since it was last restarted
     mu: optax.Updates  # mu_dtype (float32): [..., b, r] or, rows, [..., r, a]; of p if no matrix
     projector: optax.Updates  # float32 [..., a, r] or, rows, int32 [..., r]; None if no matrix

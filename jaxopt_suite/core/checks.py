@@ -18,7 +18,9 @@ def _concrete(name: str, value: Any) -> float | None:
     """The value as a Python float, or ``None`` if it is traced and cannot be known."""
     if isinstance(value, jax.core.Tracer):
         return None
-    scalar = isinstance(value, numbers.Real | jax.Array | np.ndarray) and np.ndim(value) == 0
+    scalar = (
+        isinstance(value, numbers.Real | jax.Array | np.ndarray) and getattr(value, "ndim", 0) == 0
+    )
     if not scalar or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     return float(value)  # type: ignore[arg-type]
