@@ -1,0 +1,1 @@
+"""The ``jaxopt-suite`` command: one file per subcommand."""

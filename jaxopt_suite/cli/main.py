@@ -1,0 +1,65 @@
+"""The ``jaxopt-suite`` command: reads the command line and runs one subcommand."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+import jaxopt_suite
+from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
+
+_PROGRAM = "jaxopt-suite"
+# Each is run by ``run`` in the module of its name beside this one, imported when asked for.
+_COMMANDS: dict[str, Callable[..., Any]] = {"train": TrainConfig, "compare": CompareConfig}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      arguments: the words after ``jaxopt-suite``; None: those of this process.
+
+    Returns:
+      The exit status: the subcommand's own, 2 for something the user can put right, 130 for an
+      interruption that came before there was anything to save.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(f"{_PROGRAM} {jaxopt_suite.__version__}")
+        return 0
+    config = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS,
+        prog=_PROGRAM,
+        description="Optimization research in JAX: train, and compare optimizers honestly.",
+        args=arguments,
+        config=(tyro.conf.UseAppendAction,),
+    )
+    return _run(config)
+
+
+def _run(config: Any) -> int:
+    from jaxopt_suite.core.errors import UserError  # imports JAX, which --help need not wait for
+
+    name = next(name for name, kind in _COMMANDS.items() if type(config) is kind)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            config.validate()
+            return importlib.import_module(f"jaxopt_suite.cli.{name}").run(config)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+
+def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

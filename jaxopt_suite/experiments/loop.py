@@ -1,0 +1,280 @@
+"""Training one model with one optimizer, in a folder that any later start goes on from."""
+
+import time
+from typing import Any
+
+import optax
+from rich.console import Console
+
+from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments.checkpoints import Checkpoints
+from jaxopt_suite.experiments.config import TrainConfig
+from jaxopt_suite.experiments.data import Corpus, load_corpus, train_batches, validation_batches
+from jaxopt_suite.experiments.logs import RunFolder
+from jaxopt_suite.experiments.progress import Show, showing
+from jaxopt_suite.experiments.results import Stopped, TrainResult, summarize
+from jaxopt_suite.experiments.signals import StopRequest, stop_on_signals
+from jaxopt_suite.experiments.steps import Metrics, Program, TrainState, build_program
+from jaxopt_suite.optimizers.registry import Recipe
+
+__all__ = ["TrainResult", "train"]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    recipe: Recipe | None = None,
+    tx: optax.GradientTransformation | None = None,
+    corpus: Corpus | None = None,
+    program: Program | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains from the newest checkpoint in the run's folder, or from the start, to the last step.
+
+    Args:
+      config: what to train and where.
+      recipe: instead of the registry's entry for ``config.optimizer``.
+      tx: instead of a recipe; see :func:`build_program`.
+      corpus: ``config.data``, if it is loaded already.
+      program: of this config or one like it, see ``Program.accepts``: saves compiling again.
+      console: where progress is shown; None: nowhere.
+
+    Returns:
+      The result. A run that was finished before is not trained again; one that a signal or a
+      non-finite loss stopped says so in ``stopped``.
+
+    Raises:
+      UserError: for everything the user can put right.
+      ValueError: if the arguments contradict one another.
+    """
+    config.validate()
+    if program is None:
+        program = build_program(config, recipe=recipe, tx=tx)
+    elif recipe is not None or tx is not None or not program.accepts(config):
+        raise ValueError("program was built for something else than this config, recipe or tx")
+    corpus = load_corpus(config.data) if corpus is None else corpus
+    run = RunFolder(config.run_path())
+    with (
+        Checkpoints(run.checkpoints_path, keep=config.keep) as checkpoints,
+        stop_on_signals() as request,
+    ):
+        trainer = _Trainer(config, program, corpus, run, checkpoints)
+        with showing(console, steps=config.steps, completed=trainer.step) as show:
+            return trainer.finish(request, show)
+
+
+class _NonFinite(Exception):
+    """A step whose loss, gradient or update is not finite; carries the step and its metrics."""
+
+
+class _Stopwatch:
+    """Seconds spent training, in total and since the last lap; it only runs when told to."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._lap = 0.0
+        self._since: float | None = None
+
+    def run(self) -> None:
+        self._since = self._since or time.perf_counter()
+
+    def pause(self) -> None:
+        passed = 0.0 if self._since is None else time.perf_counter() - self._since
+        self.total, self._lap, self._since = self.total + passed, self._lap + passed, None
+
+    def lap(self) -> float:
+        lap, self._lap = self._lap, 0.0
+        return lap
+
+
+class _Trainer:
+    """One run under way: the state on the device, the position in the data, the folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        program: Program,
+        corpus: Corpus,
+        run: RunFolder,
+        checkpoints: Checkpoints,
+    ) -> None:
+        sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+        self.config = config
+        self.program = program
+        self.run = run
+        self.checkpoints = checkpoints
+        self.entropy = corpus.unigram_entropy()
+        self.batches = train_batches(corpus, seed=config.seed, **sizes)
+        self.held_out = validation_batches(corpus, batches=config.eval_batches, **sizes)
+        self.watch = _Stopwatch()
+        self.step = 0
+        self.logged = 0  # step of the last record
+        self.saved: int | None = None  # step of the last checkpoint
+        self.metrics: Metrics | None = None  # of the last step, once one is made
+        run.create_or_open(_identity(config, program, corpus))
+        self.state = self._restored() or program.initial(config.preset, config.seed)
+
+    def _restored(self) -> TrainState | None:
+        """Goes back to the newest checkpoint and drops the records that came after it."""
+        restored = self.checkpoints.restore(self.program.abstract_state)
+        self.run.truncate_to(-1 if restored is None else restored.step)
+        if restored is None:
+            return None
+        self.step = restored.step
+        self.logged = self.saved = self.step
+        self.batches.set_state(restored.host["data"])
+        self.watch.total = restored.host["seconds"]
+        _check_records(self.run, self.config, self.step)
+        return restored.state
+
+    def finish(self, request: StopRequest, show: Show) -> TrainResult:
+        """Trains to the last step, or as far as it gets."""
+        if self.step == self.config.steps:
+            return self._result("finished", f"finished before: {self.step} steps, nothing to do")
+        try:
+            self._advance(request, show)
+        except _NonFinite as stop:
+            return self._diverged(*stop.args)
+        self._save()
+        self.checkpoints.wait()
+        if self.step == self.config.steps:
+            return self._result("finished", f"finished: {self.step} steps")
+        where = f"step {self.step} of {self.config.steps}"
+        message = f"stopped by {request.name} after {where}; the state is saved"
+        return self._result("signal", message, request.signum)
+
+    def _advance(self, request: StopRequest, show: Show) -> None:
+        """Steps until the last one or a request; leaves the state of a step known to be sound.
+
+        The device is never waited for before it has its next step, except where a record or a
+        checkpoint is due. So a step is found to be non-finite one step late: before anything of it
+        is saved, as both are preceded by a look at the step itself.
+        """
+        if self.step == 0 and self.saved is None:
+            self._record(show)
+        compiled = self.program.step
+        while self.step < self.config.steps and not request:
+            self.watch.run()
+            self.state, metrics = compiled(self.state, next(self.batches))
+            previous, self.metrics = self.metrics, metrics
+            self.step += 1
+            if previous is not None:
+                _check_finite(self.step - 1, previous)
+            if self._due():
+                _check_finite(self.step, metrics)
+                self.watch.pause()
+                self._record(show)
+                if self.config.saves(self.step):
+                    self._save()
+        if self.metrics is not None:
+            _check_finite(self.step, self.metrics)
+        self.watch.pause()
+
+    def _due(self) -> bool:
+        """Whether this step ends with a record or a checkpoint."""
+        return self.config.logs(self.step) or self.config.saves(self.step)
+
+    def _record(self, show: Show) -> None:
+        """Writes the record of this step, if the config wants one."""
+        if not self.config.logs(self.step):
+            return
+        record = self._measured()
+        if self.config.evaluates(self.step):
+            record["val_loss"] = self.program.evaluate(self.state, self.held_out)
+        self.run.append(record)
+        show(record)
+
+    def _measured(self) -> dict[str, Any]:
+        """What the last step and the stopwatch say."""
+        per_step = self.config.batch_size * self.config.seq_len
+        counts = {"step": self.step, "tokens": self.step * per_step, "seconds": self.watch.total}
+        if self.metrics is None:
+            return counts
+        tokens, self.logged = (self.step - self.logged) * per_step, self.step
+        return {
+            **counts,
+            "loss": float(self.metrics.loss),
+            "grad_norm": float(self.metrics.grad_norm),
+            "lr": self.program.learning_rate(self.step),
+            "tokens_per_second": tokens / self.watch.lap(),
+        }
+
+    def _save(self) -> None:
+        """Saves the state unless it is the one saved last. Its records are on disk before."""
+        if self.step != self.saved:
+            host = {"data": self.batches.get_state(), "seconds": self.watch.total}
+            self.checkpoints.save(self.step, self.state, host)
+            self.saved = self.step
+
+    def _diverged(self, step: int, metrics: Metrics) -> TrainResult:
+        """Ends the run at ``step``, whose metrics become the last record."""
+        self.watch.pause()
+        self.step, self.metrics = step, metrics
+        self.run.append(self._measured())
+        self.checkpoints.wait()
+        kept = "no checkpoint came before it"
+        if self.saved is not None:
+            kept = f"the checkpoint of step {self.saved} holds the state before it"
+        seen = ", ".join(
+            f"{name} {float(value):g}"
+            for name, value in (
+                ("loss", metrics.loss),
+                ("gradient norm", metrics.grad_norm),
+                ("update norm", metrics.update_norm),
+            )
+        )
+        return self._result("nonfinite", f"not finite at step {step}: {seen}; stopped, {kept}")
+
+    def _result(self, stopped: Stopped, message: str, signum: int | None = None) -> TrainResult:
+        return summarize(
+            self.run,
+            self.program,
+            step=self.step,
+            tokens_per_step=self.config.batch_size * self.config.seq_len,
+            unigram_entropy=self.entropy,
+            stopped=stopped,
+            message=message,
+            signum=signum,
+        )
+
+
+def _check_finite(step: int, metrics: Metrics) -> None:
+    if not metrics.finite:
+        raise _NonFinite(step, metrics)
+
+
+def _check_records(run: RunFolder, config: TrainConfig, step: int) -> None:
+    """Raises unless all records up to ``step`` are there, as they were before its checkpoint."""
+    wanted = [number for number in range(step + 1) if config.logs(number)]
+    found = [record["step"] for record in run.read()]
+    if found != wanted:
+        missing = sorted(frozenset(wanted) - frozenset(found))
+        what = (
+            f"the record of step {missing[0]} is missing" if missing else "a record is there twice"
+        )
+        raise UserError(
+            f"{run.metrics_path}: {what}, yet there is a checkpoint of step {step}; put the file "
+            "back as it was, or start anew with another --out"
+        )
+
+
+def _identity(config: TrainConfig, program: Program, corpus: Corpus) -> dict[str, Any]:
+    """What config.json holds and a later start must have in common with this one."""
+    return {
+        **config.identity(),
+        "data": corpus.name,
+        "data_fingerprint": corpus.fingerprint,
+        "learning_rate": program.peak,
+        "set": list(config.set),
+        "hyperparameters": {name: _plain(v) for name, v in program.hyperparameters.items()},
+        "n_params": program.n_params,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` if JSON has it, else its name, which unlike its ``repr`` is the same next time."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
