@@ -1,0 +1,91 @@
+"""Every recipe of the registry keeps the contract; what a peer does otherwise is listed, with why.
+
+The tables are strict: a point that starts to fail, or one that is listed and holds, fails the test.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+
+from jaxopt_suite import optimizers, testing
+
+# Small enough that a 3-by-4 matrix is projected, factored and refreshed within three steps.
+SMALL = {"rank": 2, "refresh_every": 2, "update_proj_gap": 2, "min_dim_size_to_factor": 2}
+
+BAD: dict[str, list[dict[str, Any]]] = {
+    "grams": [{"b1": 1.5}, {"b2": -0.1}, {"eps": -1.0}, {"weight_decay": -0.5}],
+    "adam_sn": [{"b1": 1.5}, {"b2": 1.5}, {"eps": -1.0}, {"subset": "columns"}],
+    "rmsprop_sn": [{"eps": -1.0}, {"subset": "columns"}],
+    "adagrad_sn": [{"eps": -1.0}, {"subset": "columns"}],
+    "adam_snsm": [{"rank": 0}, {"refresh_every": 0}, {"projection": "qr"}, {"b1": 1.5}],
+}
+
+_UNCHECKED = {
+    "refuses_bad_learning_rate": "optax checks no learning rate at construction",
+    "refuses_integer_leaves": "optax checks no dtypes at init",
+}
+_OPTAX = _UNCHECKED | {"moments_in_float32": "moments take the parameters' dtype"}
+_EPS = {
+    "finite_on_zero_gradients": "eps=1e-8 is zero in float16: 0 / 0",
+    "survives_float16_extremes": "eps=1e-8 is zero in float16, and squares leave its range",
+}
+_PRODUCTS = {"products_are_batched": "a product or more per leaf, nothing is stacked"}
+
+KNOWN: dict[str, dict[str, str]] = {
+    "adam_snsm": {
+        "products_are_batched": "the SVD is stacked by shape, the projections go leaf by leaf"
+    },
+    "adamw": _OPTAX | _EPS,
+    "lion": _OPTAX,
+    "sgd": _OPTAX,
+    "adafactor": _OPTAX
+    | {
+        "counters_saturate": "count + 1 inside the decay rate overflows int32",
+        "finite_on_zero_gradients": "eps=1e-30 is zero in float16: 0 / 0",
+        "survives_float16_extremes": "squares of 1e-7 are zero in float16",
+        "survives_huge_gradients": "the factored mean of an infinite square is inf / inf",
+    },
+    "muon": _OPTAX | _EPS | _PRODUCTS,
+    "schedule_free": _OPTAX | _EPS,
+    "galore": _OPTAX
+    | _EPS
+    | _PRODUCTS
+    | {
+        "runs_on_every_tree": "a tree without leaves cannot be unflattened",
+        "factorisations_are_batched": "one SVD per leaf",
+    },
+}
+
+# Relative to a leaf's largest entry, where rounding is amplified beyond the checker's 1e-5.
+RTOL = {
+    "schedule_free": 1e-4,  # an update of 1e-2 is the difference of two iterates of size 1
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", optimizers.registry())
+def test_every_recipe_keeps_the_contract_but_for_what_is_listed(name: str) -> None:
+    recipe = optimizers.registry()[name]
+    small = {key: SMALL[key] for key in recipe.hyperparameters() if key in SMALL}
+    # recipe.make hides the signature behind **hyperparameters; this is what it calls.
+    make_tx = functools.partial(recipe.factory, **{**recipe.defaults, **small})
+    report = testing.check_transformation(
+        make_tx,
+        bad_arguments=BAD.get(name, []),
+        checks=testing.contract_points(),
+        rtol=RTOL.get(name, 1e-5),
+    )
+    known = KNOWN.get(name, {})
+    assert not set(known) - set(report.failed), f"stale entries in KNOWN: {name} keeps these now"
+    new = set(report.failed) - set(known)
+    assert not new, "\n".join(str(report[point]) for point in sorted(new))
+
+
+def test_the_tables_name_recipes_and_points_that_exist() -> None:
+    names = set(optimizers.registry())
+    assert set(KNOWN) | set(BAD) | set(RTOL) <= names
+    points = set().union(*(set(known) for known in KNOWN.values()))
+    assert points <= set(testing.contract_points())
+    ours = {name for name, recipe in optimizers.registry().items() if not recipe.peer}
+    assert set(BAD) == ours, "every recipe of ours says which arguments it must refuse"
