@@ -7,11 +7,14 @@ import ast
 import dataclasses
 import math
 import pathlib
+import typing
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 # Settings that leave every record of a run as it is: these alone may change when a run goes on.
-_FREE_ON_RESUME = ("out", "checkpoint_every", "keep")
+_FREE_ON_RESUME = ("out", "checkpoint_every", "keep", "mirror")
+
+MirrorName = Literal["tensorboard", "wandb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ class TrainConfig(ExperimentConfig):
       log_every: steps between lines of metrics.jsonl.
       checkpoint_every: steps between checkpoints; one is always saved at the end.
       keep: checkpoints kept.
+      mirror: tensorboard or wandb: copies every record there too; may be given for each of them.
     """
 
     optimizer: str = "adamw"
@@ -78,6 +82,7 @@ class TrainConfig(ExperimentConfig):
     log_every: int = 10
     checkpoint_every: int = 100
     keep: int = 3
+    mirror: tuple[MirrorName, ...] = ()
 
     def validate(self) -> None:
         """Adds the checks of its own fields to the common ones.
@@ -91,6 +96,10 @@ class TrainConfig(ExperimentConfig):
         _seed("seed", self.seed)
         if self.learning_rate is not None:
             _positive("learning_rate", self.learning_rate)
+        names = typing.get_args(MirrorName)
+        for name in self.mirror:
+            if name not in names or self.mirror.count(name) > 1:
+                _refuse("mirror", name, f"one of {', '.join(names)}, each once at most")
 
     def run_path(self) -> pathlib.Path:
         """The run's folder: ``out``, or one named after what is trained."""

@@ -1,6 +1,7 @@
 """Training one model with one optimizer, in a folder that any later start goes on from."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
@@ -11,7 +12,8 @@ from jaxopt_suite.experiments.checkpoints import Checkpoints
 from jaxopt_suite.experiments.config import TrainConfig
 from jaxopt_suite.experiments.data import Corpus, load_corpus, train_batches, validation_batches
 from jaxopt_suite.experiments.logs import RunFolder
-from jaxopt_suite.experiments.progress import Show, showing
+from jaxopt_suite.experiments.mirrors import Write, mirroring, require_packages
+from jaxopt_suite.experiments.progress import showing
 from jaxopt_suite.experiments.results import Stopped, TrainResult, summarize
 from jaxopt_suite.experiments.signals import StopRequest, stop_on_signals
 from jaxopt_suite.experiments.steps import Metrics, Program, TrainState, build_program
@@ -48,6 +50,7 @@ def train(
       ValueError: if the arguments contradict one another.
     """
     config.validate()
+    require_packages(config.mirror)
     if program is None:
         program = build_program(config, recipe=recipe, tx=tx)
     elif recipe is not None or tx is not None or not program.accepts(config):
@@ -59,8 +62,11 @@ def train(
         stop_on_signals() as request,
     ):
         trainer = _Trainer(config, program, corpus, run, checkpoints)
-        with showing(console, steps=config.steps, completed=trainer.step) as show:
-            return trainer.finish(request, show)
+        with (
+            mirroring(config.mirror, run) as mirrors,
+            showing(console, steps=config.steps, completed=trainer.step) as show,
+        ):
+            return trainer.finish(request, (show, *mirrors))
 
 
 class _NonFinite(Exception):
@@ -127,14 +133,14 @@ class _Trainer:
         _check_records(self.run, self.config, self.step)
         return restored.state
 
-    def finish(self, request: StopRequest, show: Show) -> TrainResult:
-        """Trains to the last step, or as far as it gets."""
+    def finish(self, request: StopRequest, tell: Sequence[Write]) -> TrainResult:
+        """Trains to the last step, or as far as it gets; ``tell`` are called with each record."""
         if self.step == self.config.steps:
             return self._result("finished", f"finished before: {self.step} steps, nothing to do")
         try:
-            self._advance(request, show)
+            self._advance(request, tell)
         except _NonFinite as stop:
-            return self._diverged(*stop.args)
+            return self._diverged(*stop.args, tell)
         self._save()
         self.checkpoints.wait()
         if self.step == self.config.steps:
@@ -143,7 +149,7 @@ class _Trainer:
         message = f"stopped by {request.name} after {where}; the state is saved"
         return self._result("signal", message, request.signum)
 
-    def _advance(self, request: StopRequest, show: Show) -> None:
+    def _advance(self, request: StopRequest, tell: Sequence[Write]) -> None:
         """Steps until the last one or a request; leaves the state of a step known to be sound.
 
         The device is never waited for before it has its next step, except where a record or a
@@ -151,7 +157,7 @@ class _Trainer:
         is saved, as both are preceded by a look at the step itself.
         """
         if self.step == 0 and self.saved is None:
-            self._record(show)
+            self._record(tell)
         compiled = self.program.step
         while self.step < self.config.steps and not request:
             self.watch.run()
@@ -163,7 +169,7 @@ class _Trainer:
             if self._due():
                 _check_finite(self.step, metrics)
                 self.watch.pause()
-                self._record(show)
+                self._record(tell)
                 if self.config.saves(self.step):
                     self._save()
         if self.metrics is not None:
@@ -174,15 +180,19 @@ class _Trainer:
         """Whether this step ends with a record or a checkpoint."""
         return self.config.logs(self.step) or self.config.saves(self.step)
 
-    def _record(self, show: Show) -> None:
+    def _record(self, tell: Sequence[Write]) -> None:
         """Writes the record of this step, if the config wants one."""
         if not self.config.logs(self.step):
             return
         record = self._measured()
         if self.config.evaluates(self.step):
             record["val_loss"] = self.program.evaluate(self.state, self.held_out)
+        self._write(record, tell)
+
+    def _write(self, record: Mapping[str, Any], tell: Sequence[Write]) -> None:
         self.run.append(record)
-        show(record)
+        for each in tell:
+            each(record)
 
     def _measured(self) -> dict[str, Any]:
         """What the last step and the stopwatch say."""
@@ -206,11 +216,11 @@ class _Trainer:
             self.checkpoints.save(self.step, self.state, host)
             self.saved = self.step
 
-    def _diverged(self, step: int, metrics: Metrics) -> TrainResult:
+    def _diverged(self, step: int, metrics: Metrics, tell: Sequence[Write]) -> TrainResult:
         """Ends the run at ``step``, whose metrics become the last record."""
         self.watch.pause()
         self.step, self.metrics = step, metrics
-        self.run.append(self._measured())
+        self._write(self._measured(), tell)
         self.checkpoints.wait()
         kept = "no checkpoint came before it"
         if self.saved is not None:

@@ -68,7 +68,7 @@ def _points() -> tuple[Point, ...]:
         Point(on_trees.follows_mu_dtype, f32),
         Point(on_trees.accepts_abstract_params, f32),
         Point(on_trees.factorisations_are_batched, f32),
-        Point(on_trees.products_are_batched, f32),
+        Point(on_trees.products_are_batched, f32, optional=True),
         Point(on_numbers.jit_equals_eager, f32),
         Point(on_numbers.pure, f32),
         Point(on_numbers.compiles_once, f32),

@@ -139,7 +139,11 @@ def factorisations_are_batched(subject: Subject, case: Case) -> None:
 
 
 def products_are_batched(subject: Subject, case: Case) -> None:
-    """Matrix products grow with the number of shapes, not of leaves."""
+    """Matrix products grow with the number of shapes, not of leaves.
+
+    Optional: it pays for iterated products, such as those of an orthogonalisation; for a single
+    product per leaf and step, stacking copies more than it saves.
+    """
     _require_batched(subject, case, _PRODUCTS)
 
 

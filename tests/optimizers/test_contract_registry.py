@@ -34,7 +34,7 @@ _PRODUCTS = {"products_are_batched": "a product or more per leaf, nothing is sta
 
 KNOWN: dict[str, dict[str, str]] = {
     "adam_snsm": {
-        "products_are_batched": "the SVD is stacked by shape, the projections go leaf by leaf"
+        "products_are_batched": "one product each way per leaf: stacking is slower (docs/design.md)"
     },
     "adamw": _OPTAX | _EPS,
     "lion": _OPTAX,
