@@ -70,7 +70,11 @@ def train(
 
 
 class _NonFinite(Exception):
-    """A step whose loss, gradient or update is not finite; carries the step and its metrics."""
+    """A step whose loss, gradient or update is not finite."""
+
+    def __init__(self, step: int, metrics: Metrics) -> None:
+        super().__init__(step, metrics)
+        self.step, self.metrics = step, metrics
 
 
 class _Stopwatch:
@@ -140,7 +144,7 @@ class _Trainer:
         try:
             self._advance(request, tell)
         except _NonFinite as stop:
-            return self._diverged(*stop.args, tell)
+            return self._diverged(stop.step, stop.metrics, tell)
         self._save()
         self.checkpoints.wait()
         if self.step == self.config.steps:

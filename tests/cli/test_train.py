@@ -180,6 +180,7 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys, signum, status):
         TrainConfig(),
         TrainConfig(optimizer="muon", steps=7, learning_rate=1e-5, seed=3, clip=None, out="a b"),
         TrainConfig(set=("b2=0.95", "mode=x y"), data="it's", warmup_fraction=0.0, clip=0.5),
+        TrainConfig(mirror=("wandb", "tensorboard")),
     ],
 )
 def test_the_command_to_go_on_is_read_back_as_the_same_config(config, monkeypatch):

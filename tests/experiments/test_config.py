@@ -30,6 +30,8 @@ from jaxopt_suite.experiments.schedules import learning_rate_schedule
         ("log_every", 0),
         ("checkpoint_every", 0),
         ("keep", 0),
+        ("mirror", ("mlflow",)),
+        ("mirror", ("wandb", "wandb")),
         ("set", ("b2",)),
         ("set", ("b2=",)),
         ("set", ("2b=1",)),
@@ -68,7 +70,7 @@ def test_settings_are_literals_where_they_can_be():
 
 def test_only_what_changes_no_record_is_left_out_of_a_run_s_identity():
     config = TrainConfig()
-    free = {"out": "elsewhere", "checkpoint_every": 7, "keep": 9}
+    free = {"out": "elsewhere", "checkpoint_every": 7, "keep": 9, "mirror": ("wandb",)}
     assert TrainConfig(**free).identity() == config.identity()
     assert set(vars(config)) - set(config.identity()) == set(free)
 
