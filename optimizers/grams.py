@@ -100,10 +100,11 @@ def scale_by_grams(
             g32 = g.astype(nu.dtype)
             mu32 = _common.update_mean(mu, g32, b1)
             nu = _common.update_mean(nu, jnp.square(g32), b2)
+            # Signs are settled before the division: XLA fuses a division into one consumer only.
+            numerator = _flip_disagreeing(mu32, g32, kappa) / c1.astype(nu.dtype)
             step = _common.divide_by_root(
-                mu32 / c1.astype(nu.dtype), nu, c2, eps=eps, eps_root=eps_root, eps_mode=eps_mode
+                numerator, nu, c2, eps=eps, eps_root=eps_root, eps_mode=eps_mode
             )
-            step = _flip_disagreeing(step, g32, kappa)
             return step.astype(g.dtype), mu32.astype(mu.dtype), nu
 
         updates, mu, nu = core.map_unzip(leaf, 3, updates, state.mu, state.nu)
@@ -113,13 +114,13 @@ def scale_by_grams(
 
 
 def _flip_disagreeing(
-    step: jax.Array, gradient: jax.Array, kappa: jax.typing.ArrayLike
+    mean: jax.Array, gradient: jax.Array, kappa: jax.typing.ArrayLike
 ) -> jax.Array:
-    """``step`` where it has the gradient's sign, ``kappa * step`` where it has the other."""
-    kappa = jnp.asarray(kappa, step.dtype)
-    sign = jnp.sign(gradient)  # in {-1, 0, 1}: the product below cannot underflow
-    otherwise = jnp.where(sign == 0, jnp.maximum(kappa, 0), kappa)
-    return jnp.where(sign * step > 0, step, otherwise * step)
+    """``mean`` where it has the gradient's sign, ``kappa * mean`` where it has the other."""
+    kappa = jnp.asarray(kappa, mean.dtype)
+    agree = (gradient > 0) == (mean > 0)  # where the mean is zero, any factor will do
+    factor = jnp.where(agree, jnp.ones_like(kappa), kappa)
+    return mean * jnp.where(gradient == 0, jnp.maximum(kappa, 0), factor)
 
 
 def grams(

@@ -34,7 +34,7 @@ class Recipe:
       factory: ``factory(learning_rate, **hyperparameters)``, an optax-style constructor.
       learning_rate: peak rate tuned on the default task: the ``nano`` model on the standard
         library's sources, batch 16, sequence length 128, 200 steps
-        (``benchmarks/results/default_task.json``).
+        (``benchmarks/results/learning_rate_sweep.json``).
       defaults: hyperparameters that comparisons use in place of the factory's own defaults.
       paper: where the method is from.
       state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),
@@ -148,7 +148,7 @@ def _ours() -> list[Recipe]:
         Recipe(
             name="grams",
             factory=grams,
-            learning_rate=2e-3,
+            learning_rate=0.008,
             paper=Paper(
                 "Grams: Gradient Descent with Adaptive Momentum Scaling", "2412.17107", 2024
             ),
@@ -158,7 +158,7 @@ def _ours() -> list[Recipe]:
         Recipe(
             name="adam_sn",
             factory=subset_norm.adam_sn,
-            learning_rate=2e-2,
+            learning_rate=0.04,
             paper=_SN,
             state_formula="mn + b",
             state_elements=lambda m, n, **hp: m * n + _subset_elements(m, n, **hp),
@@ -166,7 +166,7 @@ def _ours() -> list[Recipe]:
         Recipe(
             name="rmsprop_sn",
             factory=subset_norm.rmsprop_sn,
-            learning_rate=2e-2,
+            learning_rate=0.005,
             paper=_SN,
             state_formula="b",
             state_elements=_subset_elements,
@@ -174,7 +174,7 @@ def _ours() -> list[Recipe]:
         Recipe(
             name="adagrad_sn",
             factory=subset_norm.adagrad_sn,
-            learning_rate=3e-1,
+            learning_rate=0.15,
             paper=_SN,
             state_formula="b",
             state_elements=lambda m, n, **hp: (
@@ -184,7 +184,7 @@ def _ours() -> list[Recipe]:
         Recipe(
             name="adam_snsm",
             factory=subspace_momentum.adam_snsm,
-            learning_rate=2e-2,
+            learning_rate=0.04,
             defaults={"rank": 32, "refresh_every": 50},
             paper=_SN,
             state_formula="rb + ra + b",
@@ -199,7 +199,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="adamw",
             factory=optax.adamw,
-            learning_rate=2e-3,
+            learning_rate=0.008,
             paper=Paper("Decoupled Weight Decay Regularization", "1711.05101", 2017),
             state_formula="2mn",
             state_elements=lambda m, n, **_: 2 * m * n,
@@ -207,7 +207,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="lion",
             factory=optax.lion,
-            learning_rate=5e-4,
+            learning_rate=0.002,
             paper=Paper("Symbolic Discovery of Optimization Algorithms", "2302.06675", 2023),
             state_formula="mn",
             state_elements=lambda m, n, **_: m * n,
@@ -215,7 +215,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="adafactor",
             factory=optax.adafactor,
-            learning_rate=2e-2,
+            learning_rate=0.04,
             paper=Paper(
                 "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", "1804.04235", 2018
             ),
@@ -225,7 +225,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="muon",
             factory=optax.contrib.muon,
-            learning_rate=2e-3,
+            learning_rate=0.016,
             defaults={
                 "consistent_rms": 0.2,  # steps of AdamW's size, so that AdamW's rates carry over
                 "muon_weight_dimension_numbers": _hidden_matrices,
@@ -237,7 +237,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="sgd",
             factory=optax.sgd,
-            learning_rate=3e-1,
+            learning_rate=0.15,
             defaults={"momentum": 0.9},
             paper=Paper(
                 "On the importance of initialization and momentum in deep learning", "", 2013
@@ -248,7 +248,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="schedule_free",
             factory=optax.contrib.schedule_free_adamw,
-            learning_rate=3e-3,
+            learning_rate=0.006,
             paper=Paper("The Road Less Scheduled", "2405.15682", 2024),
             state_formula="2mn",
             state_elements=lambda m, n, **_: 2 * m * n,
@@ -258,7 +258,7 @@ def _peers() -> list[Recipe]:
         peer(
             name="galore",
             factory=optax.contrib.galore,
-            learning_rate=5e-3,
+            learning_rate=0.02,
             defaults={"rank": 32, "update_proj_gap": 50},
             paper=Paper(
                 "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from benchmarks import _results
-from benchmarks.step_time import programs, timing, train_memory
+from benchmarks.step_time import ahead, programs, timing, train_memory
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
 from jaxopt_suite.optimizers import Recipe, registry
@@ -20,6 +20,7 @@ TARGETS = {"grams": 1.05, "adam_sn": 1.10}  # times the time of adamw's update
 MEMORY_TARGET = 1.10  # times the peak memory of training with adamw
 RESULTS = _results.RESULTS / "step_time.json"
 MEMORY_RESULTS = _results.RESULTS / "train_memory.json"
+AHEAD_RESULTS = _results.RESULTS / "step_bytes.json"
 
 
 def measure_updates(recipes: Sequence[Recipe], params: Any, *, rounds: int) -> list[dict[str, Any]]:
@@ -134,6 +135,16 @@ def _measure(options: argparse.Namespace) -> bool:
         path = options.results or MEMORY_RESULTS
         settings: dict[str, Any] = {"preset": options.preset, "steps": options.steps}
         command += f" --train-memory --steps {options.steps}"
+    elif options.topology:
+        rows = ahead.measure(
+            [registry()[name] for name in names],
+            registry()[BASELINE],
+            model.abstract_params(model.PRESETS[options.preset]),
+            topology=options.topology,
+        )
+        path = options.results or AHEAD_RESULTS
+        settings = {"preset": options.preset, "topology": options.topology}
+        command += f" --topology {options.topology}"
     else:
         print(_HEAD)
         params = model.abstract_params(model.PRESETS[options.preset])
@@ -144,7 +155,7 @@ def _measure(options: argparse.Namespace) -> bool:
         settings = {"preset": options.preset, "parameters": sum(sizes), "leaves": len(sizes)}
         command += f" --rounds {options.rounds}"
     _results.append(path, {**settings, "optimizers": rows, **_results.stamp(command)})
-    return all(row["reached"] is not False for row in rows)
+    return all(row.get("reached") is not False for row in rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=60, help="timed updates of each")
     parser.add_argument(
         "--train-memory", action="store_true", help="peak memory of training instead of step times"
+    )
+    parser.add_argument(
+        "--topology", help="bytes of the program compiled for a TPU, such as v5e:2x2, instead"
     )
     parser.add_argument("--steps", type=int, default=6, help="of each training run")
     parser.add_argument("--results", type=pathlib.Path, help="file to append to")

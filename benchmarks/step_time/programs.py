@@ -66,14 +66,24 @@ class Program:
     state_bytes: int
 
 
-def compile_update(tx: optax.GradientTransformation, params: Any) -> Program:
-    """Compiles the update for parameters of the shapes of ``params``; allocates nothing."""
+def compile_update(
+    tx: optax.GradientTransformation, params: Any, *, sharding: jax.sharding.Sharding | None = None
+) -> Program:
+    """Compiles the update for parameters of the shapes of ``params``; allocates nothing.
+
+    Args:
+      tx: the optimizer.
+      params: shapes and dtypes of the parameters.
+      sharding: of every array, on devices that need not be here; ``None`` is the default device.
+    """
 
     def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
         return state, optax.apply_updates(params, updates)
 
-    state = jax.eval_shape(tx.init, params)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = jax.tree.map(place, params)
+    state = jax.tree.map(place, jax.eval_shape(tx.init, params))
     compiled: Any = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile()
     cost = compiled.cost_analysis()
     return Program(

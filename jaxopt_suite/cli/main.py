@@ -1,6 +1,7 @@
 """The ``jaxopt-suite`` command: reads the command line and runs one subcommand."""
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: the subcommand's own, 2 for something the user can put right, 130 for an
       interruption that came before there was anything to save.
     """
+    # The CPU's singular value decompositions spin on every core for each small matrix: on a busy
+    # machine of two cores 20 ms became seconds. Read when JAX is loaded, which is later than here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
         print(f"{_PROGRAM} {jaxopt_suite.__version__}")

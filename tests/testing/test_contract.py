@@ -456,7 +456,7 @@ def test_optional_points_run_only_by_name() -> None:
     left_out = set(testing.contract_points()) - {
         result.name for result in testing.check_transformation(returns_a_pair).results
     }
-    assert left_out == {"refuses_integer_leaves"}
+    assert left_out == {"refuses_integer_leaves", "products_are_batched"}
 
 
 def test_a_factory_that_raises_gives_a_report_in_which_nothing_else_applies() -> None:
