@@ -122,9 +122,11 @@ def scale_by_subspace_momentum(
             jnp.zeros(_mu_shape(proj, projector, p), core.accumulator_dtype(p, mu_dtype))
             for p, projector in zip(leaves, projectors, strict=True)
         ]
-        zero = jnp.zeros((), jnp.int32)
         return ScaleBySubspaceMomentumState(
-            zero, zero, treedef.unflatten(mu), treedef.unflatten(projectors)
+            count=jnp.zeros((), jnp.int32),
+            mu_count=jnp.zeros((), jnp.int32),  # an array of its own: the state may be donated
+            mu=treedef.unflatten(mu),
+            projector=treedef.unflatten(projectors),
         )
 
     def refresh(

@@ -72,6 +72,7 @@ def _points() -> tuple[Point, ...]:
         Point(on_numbers.jit_equals_eager, f32),
         Point(on_numbers.pure, f32),
         Point(on_numbers.compiles_once, f32),
+        Point(on_numbers.state_can_be_donated, f32),
         Point(on_numbers.counters_saturate, f32),
         Point(on_numbers.finite_on_zero_gradients, plain),
         Point(on_numbers.survives_huge_gradients, wide),

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxopt_suite.testing import compare
 from jaxopt_suite.testing.cases import Case, describe
@@ -55,6 +57,20 @@ def compiles_once(subject: Subject, case: Case) -> None:
     follow(subject.tx, jax.jit(counted), case.params(), [case.grads(i) for i in range(STEPS)])
     found = f"{len(traces)}; the states: {'; '.join(traces)}"
     compare.require(len(traces) == 1, f"1 trace in {STEPS} steps", found)
+
+
+def state_can_be_donated(subject: Subject, case: Case) -> None:
+    """A fresh state and the parameters can both be donated: no array stands in them twice."""
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        updates, state = subject.update(subject.tx, grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = case.params()
+    state = subject.tx.init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a buffer that no output fits is no fault
+        jax.block_until_ready(jax.jit(step, donate_argnums=(1, 2))(case.grads(0), state, params))
 
 
 def counters_saturate(subject: Subject, case: Case) -> None:

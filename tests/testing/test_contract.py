@@ -215,6 +215,20 @@ def recompiles_every_step(learning_rate: float) -> Any:
     return around(tx, update, lambda params: StaticCount(tx.init(params), 0))
 
 
+def keeps_one_array_twice(learning_rate: float) -> Any:
+    tx = sound(learning_rate)
+
+    def init(params: Any) -> Any:
+        zero = jnp.zeros([], jnp.float32)
+        return tx.init(params), zero, zero
+
+    def update(inner: Any, grads: Any, state: Any, params: Any) -> Any:
+        updates, new = inner.update(grads, state[0], params)
+        return updates, (new, state[1] + 1.0, state[2] + 2.0)
+
+    return around(tx, update, init)
+
+
 def overflows_its_count(learning_rate: float) -> Any:
     return recipe(learning_rate, momentum(count=lambda n: n + 1))
 
@@ -369,6 +383,7 @@ BROKEN: dict[Callable[..., Any], set[str]] = {
     recompiles_every_step: {
         *("state_keeps_its_form", "compiles_once", "multi_steps", "apply_if_finite"),
     },
+    keeps_one_array_twice: {"state_can_be_donated"},
     overflows_its_count: {"counters_saturate"},
     divides_by_the_norm: {"finite_on_zero_gradients"},
     squares_without_care: {"survives_huge_gradients"},
