@@ -34,7 +34,7 @@ class Scale:
         """A few seconds for each setting, or the default task."""
         if quick:
             return cls(steps=30, seeds=1, rates=(1.0,), early=15)
-        return cls(steps=300, seeds=3, rates=(0.5, 1.0, 2.0), early=100)
+        return cls(steps=200, seeds=3, rates=(0.5, 1.0, 2.0), early=50)
 
 
 @dataclasses.dataclass(frozen=True)

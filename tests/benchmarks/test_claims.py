@@ -40,7 +40,7 @@ def test_state_bytes_of_adamw_are_two_moments_and_its_counters():
 
 def test_the_full_scale_is_the_default_task():
     scale = training.Scale.of(False)
-    assert (scale.steps, scale.seeds) == (300, 3)
+    assert (scale.steps, scale.seeds) == (200, 3)
     assert training.Scale.of(True).steps < scale.steps
 
 

@@ -1,5 +1,7 @@
 """Step times: the least memory traffic by hand, interleaving, refreshes told apart."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,3 +72,9 @@ def test_bad_arguments_are_refused_with_the_legal_values(words, message, capsys)
 @pytest.mark.parametrize("name", [*command.TARGETS, command.BASELINE])
 def test_targets_and_baseline_are_recipes(name):
     assert name in registry()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="a TPU compiler is here")
+def test_a_topology_without_its_compiler_is_refused_with_the_extra_that_brings_it(capsys):
+    assert command.main(["--topology", "v5e:2x2", "--optimizers", "grams"]) == 2
+    assert "jaxopt-suite[tpu-aot]" in capsys.readouterr().err
