@@ -1,5 +1,6 @@
 """Tree helpers and keys."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jaxopt_suite import core
 def test_map_unzip_returns_one_tree_a_value_and_keeps_empty_nodes():
     tree = {"a": jnp.arange(3.0), "n": None, "m": optax.MaskedNode(), "t": (jnp.ones(()),)}
     double, square = core.map_unzip(lambda x: (2 * x, x * x), 2, tree)
-    assert jax.tree.structure(double) == jax.tree.structure(square) == jax.tree.structure(tree)
+    chex.assert_trees_all_equal_structs(double, square, tree)
     np.testing.assert_array_equal(double["a"], [0, 2, 4])
     np.testing.assert_array_equal(square["a"], [0, 1, 4])
 
