@@ -45,7 +45,9 @@ def scale_by_grams(
     with $g_t$ is kept, one that disagrees is multiplied by ``kappa``, one with $g_t = 0$ by
     ``max(kappa, 0)``. -1 is Grams, 0 is cautious Adam without its rescaling, 1 is Adam.
 
-    Memory: 2mn elements for an m-by-n matrix, as Adam. Wire: nothing.
+    Memory: 2mn elements for an m-by-n matrix, as Adam. Wire: nothing. Time: compiled for a TPU it
+    moves exactly the bytes of ``optax.adamw``; XLA on CPU, which writes one array a loop, reads the
+    gradient once more (11 passes instead of 10): 1.04 to 1.09 times adamw's time in five runs.
 
     Departures from the official code (Gunale0926/Grams): epsilon is added to the bias-corrected
     root, as in optax (``eps_mode="uncorrected"`` is theirs), and is 1e-8 (theirs 1e-6). In float32
