@@ -45,7 +45,7 @@ $(PLAIN): $(INSTALLED) $(SOURCES)
 
 demo: $(INSTALLED)
 	$(BIN)/jaxopt-suite compare --optimizers adamw,grams,adam_sn,adam_snsm,muon \
-	    --preset nano --steps 200 --seeds 1 --out runs/demo
+	    --preset nano --steps 200 --seeds 2 --out runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS)
