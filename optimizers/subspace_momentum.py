@@ -150,6 +150,30 @@ def scale_by_subspace_momentum(
             ]
         return mus, fitted
 
+    def refresh_where(
+        refreshed: jax.Array,  # bool []
+        grads: list[jax.Array],
+        paths: list[Any],
+        mus: list[jax.Array],
+        projectors: list[jax.Array | None],
+        count: jax.Array,
+    ) -> tuple[list[jax.Array], list[jax.Array | None]]:
+        """Momenta and projectors to step with: as they are, or refreshed; leaves of all kinds."""
+        matrices = [i for i, projector in enumerate(projectors) if projector is not None]
+        if not matrices:
+            return mus, projectors
+        pick = lambda xs: [xs[i] for i in matrices]
+        found = jax.lax.cond(
+            refreshed,
+            lambda mus, projectors: refresh(pick(grads), pick(paths), mus, projectors, count),
+            lambda mus, projectors: (mus, projectors),
+            pick(mus),
+            pick(projectors),
+        )
+        new = dict(zip(matrices, zip(*found, strict=True), strict=True))
+        both = [new.get(i, old) for i, old in enumerate(zip(mus, projectors, strict=True))]
+        return [mu for mu, _ in both], [projector for _, projector in both]
+
     def update(
         updates: optax.Updates,
         state: ScaleBySubspaceMomentumState,
@@ -157,44 +181,32 @@ def scale_by_subspace_momentum(
     ) -> tuple[optax.Updates, ScaleBySubspaceMomentumState]:
         del params  # the rule reads gradients only
         count = optax.safe_increment(state.count)
-        refreshed = (state.count == 0) | (
-            (state.count if refresh_phase == "before_count" else count) % refresh_every == 0
-        )
-        with_paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        flags = _common.matrix_flags(updates, matrix_mask, "subspace_momentum")
-        matrices = [i for i, matrix in enumerate(flags) if matrix]
-        paths = [path for path, _ in with_paths]
-        grads = [g.astype(core.accumulator_dtype(g)) for _, g in with_paths]
-        mus = treedef.flatten_up_to(state.mu)
-        projectors = treedef.flatten_up_to(state.projector)
-
-        if matrices:
-            pick = lambda xs: [xs[i] for i in matrices]
-            new_mus, new_projectors = jax.lax.cond(
-                refreshed,
-                lambda m, p: refresh(pick(grads), pick(paths), m, p, count),
-                lambda m, p: (m, p),
-                pick(mus),
-                pick(projectors),
-            )
-            for i, mu, projector in zip(matrices, new_mus, new_projectors, strict=True):
-                mus[i], projectors[i] = mu, projector
-
-        mu_count = state.mu_count
-        if on_refresh == "zero_and_restart_count":
-            mu_count = jnp.where(refreshed, 0, mu_count)
-        mu_count = optax.safe_increment(mu_count)
+        tested = state.count if refresh_phase == "before_count" else count
+        refreshed = (state.count == 0) | (tested % refresh_every == 0)
+        restart = refreshed & (on_refresh == "zero_and_restart_count")
+        mu_count = optax.safe_increment(jnp.where(restart, 0, state.mu_count))
         corrections = _corrections(b1, count, mu_count, bias_correction)
 
-        steps, new_mu = [], []
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(updates)
+        paths = [path for path, _ in with_paths]
+        grads = [g.astype(core.accumulator_dtype(g)) for _, g in with_paths]
+        mus, projectors = refresh_where(
+            refreshed,
+            grads,
+            paths,
+            treedef.flatten_up_to(state.mu),
+            treedef.flatten_up_to(state.projector),
+            count,
+        )
+        steps, means = [], []
         for (_, u), g, mu, projector in zip(with_paths, grads, mus, projectors, strict=True):
             step, mean = _leaf_step(proj, projector, g, mu, b1, corrections)
             if on_refresh == "official_code" and projector is not None:
                 mean = jnp.where(refreshed & (count > 1), jnp.zeros_like(mean), mean)
             steps.append(step.astype(u.dtype))
-            new_mu.append(mean.astype(mu.dtype))
+            means.append(mean.astype(mu.dtype))
         return treedef.unflatten(steps), ScaleBySubspaceMomentumState(
-            count, mu_count, treedef.unflatten(new_mu), treedef.unflatten(projectors)
+            count, mu_count, treedef.unflatten(means), treedef.unflatten(projectors)
         )
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
