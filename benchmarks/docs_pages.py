@@ -53,7 +53,7 @@ def fidelity(results: pathlib.Path = _results.RESULTS) -> str:
         "Gradients change sign and scale from step to step and hold exact zeros; shapes are a "
         "square, a tall and a wide matrix and a vector.\n",
         "Nothing of the official code is in this repository: it is imported from a clone of yours. "
-        "All rows ever made are in `benchmarks/results/parity.json`.\n",
+        "All rows are in `benchmarks/results/parity.json`.\n",
     ]
     if not latest:
         parts.append("No measurements yet.\n")
@@ -114,7 +114,7 @@ def claims(results: pathlib.Path = _results.RESULTS) -> str:
         "# Claims\n",
         "Headline claims of the methods' papers, measured again at small scale and reported as "
         "they come out. A claim that does not hold here may hold at the scale it was made for, and "
-        "the other way round. All rows ever made are in `benchmarks/results/claims.json`.\n",
+        "the other way round. All rows are in `benchmarks/results/claims.json`.\n",
     ]
     if not latest:
         parts.append("No measurements yet.\n")
