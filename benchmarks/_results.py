@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -72,18 +73,9 @@ def hardware() -> str:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     device = jax.devices()[0]
     return (
-        f"{_processor()}, {cores} cores, {gib:.0f} GiB, {platform.system()}; "
+        f"{environment.processor()}, {cores} cores, {gib:.0f} GiB, {platform.system()}; "
         f"JAX on {device.platform} ({device.device_kind})"
     )
-
-
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def load(path: pathlib.Path) -> list[dict[str, Any]]:

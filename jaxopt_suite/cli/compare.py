@@ -1,8 +1,6 @@
 """``jaxopt-suite compare``: several optimizers on one task, and the table of how they did."""
 
-import dataclasses
 import pathlib
-import shlex
 from collections.abc import Sequence
 
 import rich.box
@@ -10,6 +8,7 @@ import rich.table
 from rich.console import Console
 from rich.measure import Measurement
 
+from jaxopt_suite.cli.shell import shell_command
 from jaxopt_suite.experiments import compare, table
 from jaxopt_suite.experiments.config import CompareConfig
 from jaxopt_suite.experiments.report import Comparison
@@ -45,18 +44,7 @@ def run(config: CompareConfig) -> int:
 
 def command(config: CompareConfig) -> str:
     """The shell command that makes the comparison of ``config``, or goes on with it."""
-    words = ["jaxopt-suite", "compare"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value == field.default:
-            continue
-        option = "--" + field.name.replace("_", "-")
-        if value is True:
-            words.append(option)
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            words += [option, str(item)]
-    return shlex.join(words)
+    return shell_command("compare", config)
 
 
 def show(comparison: Comparison, console: Console) -> None:

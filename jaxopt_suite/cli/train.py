@@ -1,10 +1,8 @@
 """``jaxopt-suite train``: one run, and what to say when it ends."""
 
-import dataclasses
-import shlex
-
 from rich.console import Console
 
+from jaxopt_suite.cli.shell import shell_command
 from jaxopt_suite.experiments.config import TrainConfig
 from jaxopt_suite.experiments.loop import TrainResult, train
 
@@ -37,14 +35,7 @@ def run(config: TrainConfig) -> int:
 
 def command(config: TrainConfig) -> str:
     """The shell command that starts or continues the run of ``config``."""
-    words = ["jaxopt-suite", "train"]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value == field.default:
-            continue
-        for item in value if isinstance(value, tuple) else (value,):
-            words += ["--" + field.name.replace("_", "-"), str(item)]
-    return shlex.join(words)
+    return shell_command("train", config)
 
 
 def _summary(result: TrainResult) -> str:

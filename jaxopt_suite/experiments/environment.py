@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
     return known | {name: importlib.metadata.version(name) for name in _DISTRIBUTIONS}
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name where Linux tells it, else its architecture."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -33,4 +33,4 @@ def hardware() -> str:
     devices = jax.devices()
     kind = devices[0].device_kind
     accelerator = "" if kind == "cpu" else f"{len(devices)} x {kind}; "
-    return f"{accelerator}{_processor()}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{accelerator}{processor()}, {os.cpu_count()} cores, {platform.system()}"
