@@ -138,7 +138,7 @@ def scale_by_subspace_momentum(
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         keys = list(core.leaf_keys(seed, paths, count))
         fit = lambda g, key, old: _fit_or_keep(proj, g, key, old)
-        fitted = core.batch_by_shape(jax.vmap(fit), grads, keys, projectors)
+        fitted = core.batch_by_shape(core.batch_factorisation(fit), grads, keys, projectors)
         if on_refresh in ("zero", "zero_and_restart_count"):
             mus = [jnp.zeros_like(mu) for mu in mus]
         elif on_refresh == "reproject":

@@ -11,10 +11,15 @@ import tyro
 
 import jaxopt_suite
 from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
+from jaxopt_suite.experiments.plan_config import PlanConfig
 
 _PROGRAM = "jaxopt-suite"
 # Each is run by ``run`` in the module of its name beside this one, imported when asked for.
-_COMMANDS: dict[str, Callable[..., Any]] = {"train": TrainConfig, "compare": CompareConfig}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": TrainConfig,
+    "compare": CompareConfig,
+    "plan": PlanConfig,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.extras.subcommand_cli_from_dict(
         _COMMANDS,
         prog=_PROGRAM,
-        description="Optimization research in JAX: train, and compare optimizers honestly.",
+        description="Optimization research in JAX: train, compare honestly, plan for a pod.",
         args=arguments,
         config=(tyro.conf.UseAppendAction,),
     )

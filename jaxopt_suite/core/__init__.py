@@ -7,12 +7,15 @@ from jaxopt_suite.core.checks import (
     check_number,
     check_real_floating,
 )
+from jaxopt_suite.core.linalg import batch_factorisation
 from jaxopt_suite.core.prng import leaf_keys
 from jaxopt_suite.core.trees import accumulator_dtype, batch_by_shape, map_unzip, tree_bytes
+from jaxopt_suite.core.varying import vary, varying_axes
 
 __all__ = [
     "accumulator_dtype",
     "batch_by_shape",
+    "batch_factorisation",
     "check_choice",
     "check_int",
     "check_learning_rate",
@@ -21,4 +24,6 @@ __all__ = [
     "leaf_keys",
     "map_unzip",
     "tree_bytes",
+    "vary",
+    "varying_axes",
 ]

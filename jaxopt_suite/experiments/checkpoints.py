@@ -9,38 +9,43 @@ number::
     300/manifest.json   size and SHA-256 of every other file, sealed by a digest of its own
 
 It is written as ``300.partial``, and gets its name when all of it, manifest last, is on the disk.
+
+Several processes write one checkpoint together, each its part of the arrays, into a folder that all
+of them see; process 0 does the rest. Every call is then one that all of them make.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import sys
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxopt_suite.core.checks import check_int
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.core.files import fsync, write_atomically
-from jaxopt_suite.experiments import manifest
+from jaxopt_suite.experiments import leaves, manifest
+from jaxopt_suite.experiments.peers import Peers
+from jaxopt_suite.experiments.quiet import quiet_orbax
+from jaxopt_suite.experiments.votes import Rejected, Votes
 
 _CONTENTS = "contents.json"
 _STATE = "state"
 _PARTIAL = ".partial"
+_VOTES = ".votes-"  # and the step; no name of a step, so that restore passes over it
+_TIMEOUT = 1200  # seconds that a process waits in the background for the others; as in orbax
 _METADATA_BYTES = 4096  # per array, generously (measured: 1400), and per file
-_Row = tuple[str, list[int], str]  # path, shape and dtype of a leaf
 _STEP_NAME = re.compile(r"(0|[1-9][0-9]*)(\..*)?")
 
 
@@ -76,25 +81,31 @@ class Checkpoints:
         Args:
           path: the folder.
           keep: how many of the newest intact checkpoints to keep, at least 1.
-
-        Raises:
-          NotImplementedError: if there is more than one JAX process.
         """
         check_int("keep", keep)
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                f"checkpoints are written by one process, and this is one of {jax.process_count()}"
-            )
         self._path = pathlib.Path(path).absolute()
         self._keep = keep
         self._intact: set[int] = set()  # steps this object wrote or verified
+        self._peers = Peers.of_this_run()
+        self._votes = Votes(self._path, self._peers, timeout=_TIMEOUT)  # on the save under way
         self._pending: tuple[int, concurrent.futures.Future[str | None]] | None = None
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
-        self._unquiet = _quiet_orbax()
+        self._unquiet = quiet_orbax()
         self._failed = False
         # Uncompressed, so that the space a save needs is known before it starts; the mantissas of
         # trained weights hardly compress anyway.
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        processes = ocp.options.MultiprocessingOptions(
+            # Named, so that orbax meets at barriers with a time limit instead of on the devices.
+            active_processes=set(range(self._peers.count)) if self._peers.count > 1 else None,
+            barrier_sync_key_prefix=str(self._path),
+        )
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=processes),
+            async_options=ocp.options.AsyncOptions(
+                timeout_secs=_TIMEOUT, barrier_sync_fn=self._meet
+            ),
+            multiprocessing_options=processes,
+        )
 
     def save(self, step: int, state: Any, host: Mapping[str, Any]) -> None:
         """Starts saving; returns once the arrays are copied to the host, so they may be donated.
@@ -103,7 +114,8 @@ class Checkpoints:
 
         Args:
           step: the step's number, not negative.
-          state: a pytree of ``jax.Array``, of any numeric dtype and shape.
+          state: a pytree of ``jax.Array``, of any numeric dtype and shape; with several processes,
+            each over devices of all of them.
           host: a dict that JSON gives back unchanged, e.g. the position of the data iterator.
 
         Raises:
@@ -113,18 +125,16 @@ class Checkpoints:
         """
         check_int("step", step, low=0)
         self.wait()
-        self._refuse_existing(step)
-        rows, arrays = _describe(state)
-        contents = _contents(rows, host)
+        rows, arrays = leaves.describe(state, across_processes=self._peers.count > 1)
+        contents = leaves.contents(rows, host)
         partial = self._path / f"{step}{_PARTIAL}"
-        try:
-            self._prepare(step, partial, arrays.values())
-            write_atomically(partial / _CONTENTS, contents)
-            self._orbax.save(partial / _STATE, args=ocp.args.PyTreeSave(arrays))
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._failure(step, error) from error
-        self._pending = (step, self._background.submit(self._finish, step, partial))
+        self._peers.from_first(lambda: self._begin(step, partial, arrays.values(), contents))
+        self._votes = Votes(self._path / f"{_VOTES}{step}", self._peers, timeout=_TIMEOUT)
+        self._refuse_unshared(partial)
+        failure = self._start(partial, arrays)
+        self._pending = (step, self._background.submit(self._finish, step, partial, failure))
+        if self._peers.any(failure):
+            self.wait()  # raises
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """Restores the newest intact checkpoint.
@@ -134,7 +144,8 @@ class Checkpoints:
 
         Args:
           abstract_state: a pytree of ``jax.ShapeDtypeStruct``. A leaf with a sharding is restored
-            onto it, whatever it was saved from; one without comes back on the default device.
+            onto it, whatever mesh and however many processes it was saved from; one without comes
+            back on the default device (of each process).
 
         Returns:
           The checkpoint, or None if there is no intact one.
@@ -144,8 +155,11 @@ class Checkpoints:
             ``wait`` does.
         """
         self.wait()
-        for step, directory in sorted(self._entries(), reverse=True):
-            fault = _fault(step, directory)
+        for step, name in self._peers.from_first(self._newest_first):
+            directory = self._path / name
+            share = {"index": self._peers.index, "count": self._peers.count}
+            faults = self._peers.gather(_fault(step, directory, **share))
+            fault = next(filter(None, faults), None)
             if fault is None:
                 self._intact.add(step)
                 return self._load(step, directory, abstract_state)
@@ -156,11 +170,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The finished steps, ascending. Their bytes are verified by ``restore``, not here."""
         self.wait()
-        return sorted(
-            step
-            for step, directory in self._entries()
-            if directory.name == str(step) and (directory / manifest.MANIFEST).is_file()
-        )
+        return self._peers.from_first(self._finished)
 
     def wait(self) -> None:
         """Waits until nothing is under way.
@@ -169,28 +179,45 @@ class Checkpoints:
           UserError: if the last save failed, once, with the operating system's reason. Earlier
             checkpoints are untouched by that.
         """
-        if self._pending is None:
-            return
-        (step, finish), self._pending = self._pending, None
-        if reason := finish.result():
-            self._failed = True
-            raise self._failure(step, reason)
+        self._settle(self._peers)
 
     def close(self) -> None:
         """Waits, and ends the background thread. Raises as ``wait`` does; may be called twice."""
+        self._close(self._peers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # An error may be this process's alone: then the others do not come to talk about the save.
+        self._close(self._peers if kind is None else Peers())
+
+    def _close(self, peers: Peers) -> None:
         try:
-            self.wait()
+            self._settle(peers)
         finally:
             self._background.shutdown()
             self._orbax.close()
             if not self._failed:  # else abandoned writes still report, whenever they are collected
                 self._unquiet()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def _settle(self, peers: Peers) -> None:
+        """Waits for the save under way; raises on all of ``peers`` if it failed on one."""
+        if self._pending is None:
+            return
+        (step, finish), self._pending = self._pending, None
+        reasons = peers.gather(finish.result())
+        if self._peers.index == 0:
+            shutil.rmtree(self._path / f"{_VOTES}{step}", ignore_errors=True)
+        if all(reason is None for reason in reasons):
+            return
+        self._failed = True
+        own = [
+            f"process {index}: {reason}" if peers.count > 1 else reason
+            for index, reason in enumerate(reasons)
+            if reason
+        ]
+        raise self._failure(step, "; ".join(own) or "another process could not write its part")
 
     def _failure(self, step: int, reason: object) -> UserError:
         return UserError(f"could not save the checkpoint of step {step} in {self._path}: {reason}")
@@ -205,10 +232,32 @@ class Checkpoints:
             raise UserError(f"cannot read the checkpoints in {self._path}: {error}") from error
         return [(int(match[1]), path) for match, path in found if match]
 
+    def _newest_first(self) -> list[tuple[int, str]]:
+        return sorted(((step, path.name) for step, path in self._entries()), reverse=True)
+
+    def _finished(self) -> list[int]:
+        return sorted(
+            step
+            for step, directory in self._entries()
+            if directory.name == str(step) and (directory / manifest.MANIFEST).is_file()
+        )
+
     def _refuse_existing(self, step: int) -> None:
         directory = self._path / str(step)
         if directory.exists() and _fault(step, directory) is None:
             raise ValueError(f"step {step} is saved already, in {directory}")
+
+    def _begin(
+        self, step: int, partial: pathlib.Path, arrays: Collection[jax.Array], contents: bytes
+    ) -> None:
+        """Makes what is not the arrays; on process 0 alone."""
+        self._refuse_existing(step)
+        try:
+            self._prepare(step, partial, arrays)
+            write_atomically(partial / _CONTENTS, contents)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._failure(step, error) from error
 
     def _prepare(self, step: int, partial: pathlib.Path, arrays: Collection[jax.Array]) -> None:
         """Makes the directory to write in, where an interrupted save of the step may have left one.
@@ -216,7 +265,7 @@ class Checkpoints:
         A disk without room for all of it is refused here: orbax would find out halfway.
         """
         self._path.mkdir(parents=True, exist_ok=True)
-        for leftover in self._path.glob(f"{step}.*"):
+        for leftover in [*self._path.glob(f"{step}.*"), *self._path.glob(f"{_VOTES}*")]:
             _remove(leftover)
         needed = sum(x.nbytes + _METADATA_BYTES for x in arrays) + 64 * _METADATA_BYTES
         free = shutil.disk_usage(self._path).free
@@ -224,28 +273,66 @@ class Checkpoints:
             reason = f"{os.strerror(errno.ENOSPC)}, {needed} bytes needed and {free} free"
             raise OSError(errno.ENOSPC, reason)
         partial.mkdir()
+        if self._peers.count > 1:
+            (self._path / f"{_VOTES}{step}").mkdir()
 
-    def _finish(self, step: int, partial: pathlib.Path) -> str | None:
+    def _refuse_unshared(self, partial: pathlib.Path) -> None:
+        sees = self._peers.gather(partial.is_dir())
+        if not all(sees):
+            raise UserError(
+                f"process {sees.index(False)} does not see {partial}, which process 0 has made: "
+                "checkpoints need a folder that all processes share"
+            )
+
+    def _meet(self, *, key: str, timeout_ms: int) -> None:
+        """A barrier of orbax's, in its background thread; also says that all is well so far."""
+        del key, timeout_ms
+        self._votes.cast()
+
+    def _start(self, partial: pathlib.Path, arrays: Mapping[str, jax.Array]) -> str | None:
+        """Has orbax copy the arrays and begin to write them; the reason if that failed."""
+        try:
+            self._orbax.save(partial / _STATE, args=ocp.args.PyTreeSave(dict(arrays)))
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _finish(self, step: int, partial: pathlib.Path, failure: str | None) -> str | None:
         """In the background: waits for orbax, seals the step, names it, deletes what is too old.
 
         Returns:
-          The reason if that failed. Not the exception: its traceback would keep alive the writes
-          that orbax has abandoned.
+          None if that went well, the reason if not, empty if another process knows it. Not the
+          exception: its traceback would keep alive the writes that orbax has abandoned.
         """
         try:
-            self._orbax.wait_until_finished()
-            manifest.seal(step, partial)
-            directory = self._path / str(step)
-            if directory.exists():
-                _remove(directory)  # damaged: save() has refused an intact one
-            partial.rename(directory)
-            fsync(self._path)
-            self._intact.add(step)
-            self._prune()
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-            shutil.rmtree(partial, ignore_errors=True)
-            return str(error)
+            if failure is not None:
+                raise OSError(failure)
+            self._orbax.wait_until_finished()  # all have written; process 0 has put it together
+            share = {"index": self._peers.index, "count": self._peers.count}
+            shares = self._votes.cast(manifest.entries(partial, **share), last=True)
+            if self._peers.index == 0:
+                self._publish(step, partial, shares)
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+            return self._abandon(partial, error)  # TensorStore's are ValueErrors
         return None
+
+    def _publish(self, step: int, partial: pathlib.Path, shares: list[dict[str, Any]]) -> None:
+        """Gives the step its name, when every process has said what it read of the files."""
+        manifest.seal(step, partial, dict(collections.ChainMap(*shares)))
+        directory = self._path / str(step)
+        if directory.exists():
+            _remove(directory)  # damaged: save() has refused an intact one
+        partial.rename(directory)
+        fsync(self._path)
+        self._intact.add(step)
+        self._prune()
+
+    def _abandon(self, partial: pathlib.Path, error: Exception) -> str:
+        with contextlib.suppress(OSError):
+            self._votes.withdraw()
+        if self._peers.index == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return "" if isinstance(error, Rejected) else str(error)
 
     def _prune(self) -> None:
         """Deletes all that is older than the oldest checkpoint to keep, damaged ones included."""
@@ -265,80 +352,24 @@ class Checkpoints:
         contents = json.loads((directory / _CONTENTS).read_bytes())
         paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
         wanted = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
-        _refuse_difference(directory, contents["leaves"], wanted)
+        leaves.refuse_difference(directory, contents["leaves"], wanted)
         position = {path: str(i) for i, (path, _, _) in enumerate(contents["leaves"])}
         names = {path: position[path] for path, leaf in wanted.items() if math.prod(leaf.shape)}
-        restore_args = {name: _restore_args(wanted[path]) for path, name in names.items()}
+        restore_args = {name: leaves.restore_args(wanted[path]) for path, name in names.items()}
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         arrays = self._orbax.restore(directory / _STATE, args=args)
-        leaves = [
-            _place(arrays[names[path]] if path in names else np.zeros(leaf.shape, leaf.dtype), leaf)
+        placed = [
+            leaves.place(arrays[names[path]], leaf) if path in names else leaves.empty(leaf)
             for path, leaf in wanted.items()
         ]
-        return Restored(step, jax.tree.unflatten(treedef, leaves), contents["host"])
+        return Restored(step, jax.tree.unflatten(treedef, placed), contents["host"])
 
 
-def _describe(state: Any) -> tuple[list[_Row], dict[str, jax.Array]]:
-    """Path, shape and dtype of every leaf; and the leaves by position, without the empty ones.
-
-    orbax refuses arrays without elements. It is given a flat dict, so that no container type of the
-    state (named tuples, ``None``, ``optax.MaskedNode``) depends on its rules.
-    """
-    rows, arrays = [], {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
-        name = jax.tree_util.keystr(path)
-        if not isinstance(leaf, jax.Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"the state must hold numeric arrays, got {leaf!r} at {name}")
-        rows.append((name, list(leaf.shape), leaf.dtype.name))
-        if leaf.size:
-            arrays[str(i)] = leaf
-    if not arrays:
-        raise ValueError(f"the state has no elements to save: {state!r}")
-    return rows, arrays
-
-
-def _contents(rows: list[_Row], host: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"host": dict(host), "leaves": rows})
-    if json.loads(text)["host"] != dict(host):
-        raise TypeError(f"host must be what JSON gives back (lists, string keys), got {host!r}")
-    return text.encode()
-
-
-def _refuse_difference(
-    directory: pathlib.Path,
-    saved: list[_Row],
-    wanted: Mapping[str, Any],
-) -> None:
-    """Raises ``UserError`` naming the first leaf that differs."""
-    have = {path: f"{dtype}{shape}" for path, shape, dtype in saved}
-    want = {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in wanted.items()}
-    for path in [*want, *have]:
-        if have.get(path) != want.get(path):
-            raise UserError(
-                f"the checkpoint {directory} was written by another model or optimizer: {path} is "
-                f"{have.get(path, 'absent')} there and {want.get(path, 'absent')} here"
-            )
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    if getattr(leaf, "sharding", None) is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-
-
-def _place(array: Any, leaf: Any) -> jax.Array:
-    """The array where ``leaf`` wants it; a copy, because JAX cannot donate memory NumPy owns."""
-    if isinstance(array, jax.Array):
-        return array
-    sharding = getattr(leaf, "sharding", None)
-    return jnp.array(array) if sharding is None else jax.device_put(array, sharding)
-
-
-def _fault(step: int, directory: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def _fault(step: int, directory: pathlib.Path, *, index: int = 0, count: int = 1) -> str | None:
+    """What is wrong with a checkpoint, or None; with a ``count``, as far as this process reads."""
     if directory.name != str(step):
         return "its save was interrupted"
-    return manifest.fault(step, directory)
+    return manifest.fault(step, directory, index=index, count=count)
 
 
 def _remove(path: pathlib.Path) -> None:
@@ -346,36 +377,3 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _quiet_orbax() -> Callable[[], None]:
-    """Keeps orbax's accounts of a failed write off stderr: the failure is raised, once, by us.
-
-    orbax logs it several times over; asyncio then logs the other writes, which orbax has abandoned;
-    and these report to an event loop that orbax has closed. Everything else passes.
-
-    Returns:
-      A function that undoes it.
-    """
-    loggers, previous = (
-        (logging.getLogger("absl"), logging.getLogger("asyncio")),
-        sys.unraisablehook,
-    )
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname and "orbax" not in record.getMessage()
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    def undo() -> None:
-        for logger in loggers:
-            logger.removeFilter(keep)
-        if sys.unraisablehook is hook:
-            sys.unraisablehook = previous
-
-    for logger in loggers:
-        logger.addFilter(keep)
-    sys.unraisablehook = hook
-    return undo

@@ -11,14 +11,62 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, NoReturn
 
-# Settings that leave every record of a run as it is: these alone may change when a run goes on.
-_FREE_ON_RESUME = ("out", "checkpoint_every", "keep", "mirror")
+# Where and how a step is computed. Another choice rounds differently, and changes nothing else.
+LAYOUT = ("mesh", "scan_layers", "remat", "accumulate", "shard_state_over", "offload_state")
+# How a process finds the others of its run.
+PROCESSES = (
+    "processes",
+    "distributed",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "initialization_timeout",
+)
+# Settings that leave the records of a run as they are: these alone may change when it goes on.
+FREE_ON_RESUME = ("out", "checkpoint_every", "keep", "mirror", *LAYOUT, *PROCESSES)
 
 MirrorName = Literal["tensorboard", "wandb"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class LayoutConfig:
+    """Where a step is computed and in what precision.
+
+    Attributes:
+      mesh: axes and sizes, such as data=4,model=2: data splits the batch, fsdp the batch and the
+        parameters, model the matrix products, worker the batch among workers between which the
+        optimizer communicates. None: one device.
+      dtype: of the matrix products and the residual stream; parameters are float32.
+      scan_layers: loop over the model's layers instead of writing them out: compiles faster.
+      remat: recompute each block in the backward pass.
+      accumulate: micro-batches per step, one after the other.
+      shard_state_over: mesh axes to spread the optimizer state over besides, separated by commas.
+      offload_state: keep the optimizer state in the host's memory between steps.
+    """
+
+    mesh: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    remat: bool = False
+    accumulate: int = 1
+    shard_state_over: str | None = None
+    offload_state: bool = False
+
+    def validate(self) -> None:
+        """Checks every value that can be checked without loading anything.
+
+        Raises:
+          UserError: naming the option, its value and what is legal.
+        """
+        at_least("accumulate", self.accumulate, 1)
+
+    def state_axes(self) -> tuple[str, ...]:
+        """The axes of ``shard_state_over``."""
+        return tuple(name.strip() for name in (self.shard_state_over or "").split(",") if name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(LayoutConfig):
     """What training one model and comparing many optimizers on it have in common.
 
     Attributes:
@@ -46,17 +94,18 @@ class ExperimentConfig:
     set: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Checks every value that can be checked without loading anything.
+        """Adds the checks of its own fields to those of the layout.
 
         Raises:
           UserError: naming the option, its value and what is legal.
         """
+        super().validate()
         for name in ("steps", "batch_size", "seq_len", "eval_every", "eval_batches"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         if not 0.0 <= self.warmup_fraction <= 1.0:
-            _refuse("warmup_fraction", self.warmup_fraction, "a share of the steps in [0, 1]")
+            refuse("warmup_fraction", self.warmup_fraction, "a share of the steps in [0, 1]")
         if self.clip is not None:
-            _positive("clip", self.clip, " or None")
+            positive("clip", self.clip, " or None")
         parse_settings(self.set)
 
 
@@ -73,6 +122,12 @@ class TrainConfig(ExperimentConfig):
       checkpoint_every: steps between checkpoints; one is always saved at the end.
       keep: checkpoints kept.
       mirror: tensorboard or wandb: copies every record there too; may be given for each of them.
+      processes: start this many processes on this machine's CPU, to try out what a cluster does.
+      distributed: be one of several processes, which SLURM, Cloud TPU or GKE say how to find.
+      coordinator: HOST:PORT of process 0, where nothing else says it.
+      num_processes: number of processes; goes with coordinator.
+      process_id: which of them this is, from 0; goes with coordinator.
+      initialization_timeout: seconds that the processes have to find one another.
     """
 
     optimizer: str = "adamw"
@@ -83,6 +138,12 @@ class TrainConfig(ExperimentConfig):
     checkpoint_every: int = 100
     keep: int = 3
     mirror: tuple[MirrorName, ...] = ()
+    processes: int | None = None
+    distributed: bool = False
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    initialization_timeout: int = 60
 
     def validate(self) -> None:
         """Adds the checks of its own fields to the common ones.
@@ -91,15 +152,29 @@ class TrainConfig(ExperimentConfig):
           UserError: naming the option, its value and what is legal.
         """
         super().validate()
-        for name in ("log_every", "checkpoint_every", "keep"):
-            _at_least(name, getattr(self, name), 1)
+        for name in ("log_every", "checkpoint_every", "keep", "initialization_timeout"):
+            at_least(name, getattr(self, name), 1)
+        self._validate_processes()
         _seed("seed", self.seed)
         if self.learning_rate is not None:
-            _positive("learning_rate", self.learning_rate)
+            positive("learning_rate", self.learning_rate)
         names = typing.get_args(MirrorName)
         for name in self.mirror:
             if name not in names or self.mirror.count(name) > 1:
-                _refuse("mirror", name, f"one of {', '.join(names)}, each once at most")
+                refuse("mirror", name, f"one of {', '.join(names)}, each once at most")
+
+    def _validate_processes(self) -> None:
+        address = (self.coordinator, self.num_processes, self.process_id)
+        given = sum(value is not None for value in address)
+        if given not in (0, len(address)):
+            refuse("coordinator", self.coordinator, "given with --num-processes and --process-id")
+        ways = (self.processes is not None) + self.distributed + (given > 0)
+        if ways > 1:
+            refuse("processes", self.processes, "alone, or --distributed, or --coordinator")
+        if self.processes is not None:
+            at_least("processes", self.processes, 1)
+            if self.mesh is None:
+                refuse("processes", self.processes, "given with --mesh, for the number of devices")
 
     def run_path(self) -> pathlib.Path:
         """The run's folder: ``out``, or one named after what is trained."""
@@ -108,7 +183,7 @@ class TrainConfig(ExperimentConfig):
     def identity(self) -> dict[str, Any]:
         """Everything that a record of the run depends on: what must not change when it goes on."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in _FREE_ON_RESUME}
+        return {name: value for name, value in fields.items() if name not in FREE_ON_RESUME}
 
     def logs(self, step: int) -> bool:
         """Whether a record is written after ``step`` steps (0: before the first)."""
@@ -147,10 +222,10 @@ class CompareConfig(ExperimentConfig):
           UserError: naming the option, its value and what is legal.
         """
         super().validate()
-        _at_least("seeds", self.seeds, 1)
+        at_least("seeds", self.seeds, 1)
         names = self.names()
         if not names or "" in names or len(names) != len(frozenset(names)):
-            _refuse("optimizers", self.optimizers, "different names separated by commas")
+            refuse("optimizers", self.optimizers, "different names separated by commas")
 
     def names(self) -> list[str]:
         """The optimizers' names, in the order given."""
@@ -173,9 +248,9 @@ def parse_settings(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = (part.strip() for part in item.partition("="))
         if not (equals and text and all(part.isidentifier() for part in name.split("."))):
-            _refuse("set", item, "NAME=VALUE, such as b2=0.95")
+            refuse("set", item, "NAME=VALUE, such as b2=0.95")
         if name in settings:
-            _refuse("set", item, f"one value per name, and {name} has {settings[name]!r} already")
+            refuse("set", item, f"one value per name, and {name} has {settings[name]!r} already")
         settings[name] = _literal(text)
     return settings
 
@@ -187,22 +262,25 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _at_least(name: str, value: int, low: int) -> None:
+def at_least(name: str, value: int, low: int) -> None:
+    """Raises ``UserError`` unless the option's value is an integer of at least ``low``."""
     if value < low:
-        _refuse(name, value, f"an integer of at least {low}")
+        refuse(name, value, f"an integer of at least {low}")
 
 
-def _positive(name: str, value: float, otherwise: str = "") -> None:
+def positive(name: str, value: float, otherwise: str = "") -> None:
+    """Raises ``UserError`` unless the option's value is positive and finite."""
     if not (math.isfinite(value) and value > 0):
-        _refuse(name, value, f"a positive, finite number{otherwise}")
+        refuse(name, value, f"a positive, finite number{otherwise}")
 
 
 def _seed(name: str, value: int) -> None:
     if not 0 <= value < 2**32:
-        _refuse(name, value, "an integer in [0, 2**32)")
+        refuse(name, value, "an integer in [0, 2**32)")
 
 
-def _refuse(name: str, value: Any, legal: str) -> NoReturn:
+def refuse(name: str, value: Any, legal: str) -> NoReturn:
+    """Raises ``UserError`` naming the option, what it must be and what was given."""
     # Not above: the package this comes from imports JAX, which only a mistake has to wait for.
     from jaxopt_suite.core.errors import UserError
 

@@ -3,6 +3,9 @@
 ``metrics.jsonl`` holds one JSON object per line. A value that is not finite is stored as ``null``
 and named under ``"nonfinite"``, as in ``{"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}``,
 so that no reader takes a diverged run for a number.
+
+Of several processes only the first touches the folder; what it finds there, and what goes wrong,
+it tells the others, so that all go on alike.
 """
 
 import json
@@ -15,12 +18,13 @@ from typing import Any, Literal
 
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.core.files import write_atomically
+from jaxopt_suite.experiments.peers import Peers
 
 _NONFINITE = "nonfinite"
 
 
 class RunFolder:
-    """One training run on disk.
+    """One training run on disk; with several processes, each method is one that all of them call.
 
     Attributes:
       path: the folder.
@@ -29,7 +33,14 @@ class RunFolder:
       checkpoints_path: ``checkpoints/``, for ``jaxopt_suite.experiments.checkpoints``.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], peers: Peers | None = None) -> None:
+        """Names a run's folder; nothing is made or read yet.
+
+        Args:
+          path: the folder.
+          peers: the processes of the run; None: this one alone.
+        """
+        self._peers = Peers() if peers is None else peers
         self.path = pathlib.Path(path)
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -49,6 +60,9 @@ class RunFolder:
             or files that are no run's, or cannot be written.
         """
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        return self._peers.from_first(lambda: self._create_or_open(text))
+
+    def _create_or_open(self, text: str) -> Literal["new", "existing"]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = self.config_path.read_text() if self.config_path.exists() else None
@@ -75,9 +89,12 @@ class RunFolder:
           UserError: if the file cannot be written, e.g. because the disk is full.
         """
         line = _encode(record)
+        self._peers.from_first(lambda: self._append(line))
+
+    def _append(self, line: bytes) -> None:
         try:
             if not self._ends_whole():
-                self._rewrite(self.read())
+                self._rewrite(self._read())
             with self.metrics_path.open("ab") as file:
                 file.write(line)
         except OSError as error:
@@ -89,6 +106,9 @@ class RunFolder:
         Raises:
           UserError: if any other line is corrupt (named by its number), or the file is unreadable.
         """
+        return self._peers.from_first(self._read)
+
+    def _read(self) -> list[dict[str, Any]]:
         try:
             lines = self.metrics_path.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -114,7 +134,10 @@ class RunFolder:
         Raises:
           UserError: as ``read`` does, or if the file cannot be written.
         """
-        kept = [record for record in self.read() if record["step"] <= step]
+        self._peers.from_first(lambda: self._truncate_to(step))
+
+    def _truncate_to(self, step: int) -> None:
+        kept = [record for record in self._read() if record["step"] <= step]
         try:
             self._rewrite(kept)
         except OSError as error:

@@ -1,5 +1,7 @@
 """Training one model with one optimizer, in a folder that any later start goes on from."""
 
+import dataclasses
+import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +11,14 @@ from rich.console import Console
 
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments.checkpoints import Checkpoints
-from jaxopt_suite.experiments.config import TrainConfig
+from jaxopt_suite.experiments.config import PROCESSES, TrainConfig
 from jaxopt_suite.experiments.data import Corpus, load_corpus, train_batches, validation_batches
 from jaxopt_suite.experiments.logs import RunFolder
 from jaxopt_suite.experiments.mirrors import Write, mirroring, require_packages
+from jaxopt_suite.experiments.peers import Peers
 from jaxopt_suite.experiments.progress import showing
 from jaxopt_suite.experiments.results import Stopped, TrainResult, summarize
-from jaxopt_suite.experiments.signals import StopRequest, stop_on_signals
+from jaxopt_suite.experiments.signals import StopRequest, signal_name, stop_on_signals
 from jaxopt_suite.experiments.steps import Metrics, Program, TrainState, build_program
 from jaxopt_suite.optimizers.registry import Recipe
 
@@ -32,6 +35,9 @@ def train(
     console: Console | None = None,
 ) -> TrainResult:
     """Trains from the newest checkpoint in the run's folder, or from the start, to the last step.
+
+    Several processes that JAX knows of train together: each calls this with the same arguments, the
+    first alone writes records and mirrors, and all write checkpoints.
 
     Args:
       config: what to train and where.
@@ -56,15 +62,18 @@ def train(
     elif recipe is not None or tx is not None or not program.accepts(config):
         raise ValueError("program was built for something else than this config, recipe or tx")
     corpus = load_corpus(config.data) if corpus is None else corpus
-    run = RunFolder(config.run_path())
+    peers = Peers.of_this_run()
+    _check_same(peers, config, corpus)
+    run = RunFolder(config.run_path(), peers)
+    first = peers.index == 0
     with (
         Checkpoints(run.checkpoints_path, keep=config.keep) as checkpoints,
         stop_on_signals() as request,
     ):
-        trainer = _Trainer(config, program, corpus, run, checkpoints)
+        trainer = _Trainer(config, program, corpus, run, checkpoints, peers)
         with (
-            mirroring(config.mirror, run) as mirrors,
-            showing(console, steps=config.steps, completed=trainer.step) as show,
+            mirroring(config.mirror if first else (), RunFolder(run.path)) as mirrors,
+            showing(console if first else None, steps=config.steps, completed=trainer.step) as show,
         ):
             return trainer.finish(request, (show, *mirrors))
 
@@ -107,12 +116,14 @@ class _Trainer:
         corpus: Corpus,
         run: RunFolder,
         checkpoints: Checkpoints,
+        peers: Peers,
     ) -> None:
         sizes = {"batch_size": config.batch_size, "seq_len": config.seq_len}
         self.config = config
         self.program = program
         self.run = run
         self.checkpoints = checkpoints
+        self.peers = peers
         self.entropy = corpus.unigram_entropy()
         self.batches = train_batches(corpus, seed=config.seed, **sizes)
         self.held_out = validation_batches(corpus, batches=config.eval_batches, **sizes)
@@ -122,7 +133,7 @@ class _Trainer:
         self.saved: int | None = None  # step of the last checkpoint
         self.metrics: Metrics | None = None  # of the last step, once one is made
         run.create_or_open(_identity(config, program, corpus))
-        self.state = self._restored() or program.initial(config.preset, config.seed)
+        self.state = self._restored() or program.initial(config.seed)
 
     def _restored(self) -> TrainState | None:
         """Goes back to the newest checkpoint and drops the records that came after it."""
@@ -142,7 +153,7 @@ class _Trainer:
         if self.step == self.config.steps:
             return self._result("finished", f"finished before: {self.step} steps, nothing to do")
         try:
-            self._advance(request, tell)
+            signum = self._advance(request, tell)
         except _NonFinite as stop:
             return self._diverged(stop.step, stop.metrics, tell)
         self._save()
@@ -150,11 +161,13 @@ class _Trainer:
         if self.step == self.config.steps:
             return self._result("finished", f"finished: {self.step} steps")
         where = f"step {self.step} of {self.config.steps}"
-        message = f"stopped by {request.name} after {where}; the state is saved"
-        return self._result("signal", message, request.signum)
+        name = signal_name(signum)
+        return self._result("signal", f"stopped by {name} after {where}; the state is saved", signum)
 
-    def _advance(self, request: StopRequest, tell: Sequence[Write]) -> None:
+    def _advance(self, request: StopRequest, tell: Sequence[Write]) -> int | None:
         """Steps until the last one or a request; leaves the state of a step known to be sound.
+
+        Returns the number of the signal that asked for the stop, if one did.
 
         The device is never waited for before it has its next step, except where a record or a
         checkpoint is due. So a step is found to be non-finite one step late: before anything of it
@@ -163,7 +176,8 @@ class _Trainer:
         if self.step == 0 and self.saved is None:
             self._record(tell)
         compiled = self.program.step
-        while self.step < self.config.steps and not request:
+        signum = self._asked(request)
+        while self.step < self.config.steps and signum is None:
             self.watch.run()
             self.state, metrics = compiled(self.state, next(self.batches))
             previous, self.metrics = self.metrics, metrics
@@ -176,9 +190,22 @@ class _Trainer:
                 self._record(tell)
                 if self.config.saves(self.step):
                     self._save()
+            signum = self._asked(request)
         if self.metrics is not None:
             _check_finite(self.step, self.metrics)
         self.watch.pause()
+        return signum
+
+    def _asked(self, request: StopRequest) -> int | None:
+        """The signal to stop for. Processes get theirs at different steps, and must agree on one.
+
+        They ask one another only where they wait for one another anyway.
+        """
+        if self.peers.count == 1:
+            return request.signum
+        if not self._due():
+            return None
+        return next((s for s in self.peers.gather(request.signum) if s is not None), None)
 
     def _due(self) -> bool:
         """Whether this step ends with a record or a checkpoint."""
@@ -250,6 +277,19 @@ class _Trainer:
             message=message,
             signum=signum,
         )
+
+
+def _check_same(peers: Peers, config: TrainConfig, corpus: Corpus) -> None:
+    """Raises unless all processes were started with the same settings and see the same data."""
+    same = {name: v for name, v in dataclasses.asdict(config).items() if name not in PROCESSES}
+    everyone = peers.gather(same | {"data": corpus.fingerprint})
+    first = everyone[0]
+    for index, other in enumerate(everyone):
+        for name in (name for name in first if other[name] != first[name]):
+            raise UserError(
+                f"processes of one run must have the same {name}: process 0 has {first[name]!r}, "
+                f"process {index} has {other[name]!r}"
+            )
 
 
 def _check_finite(step: int, metrics: Metrics) -> None:

@@ -1,4 +1,8 @@
-"""Seals: a directory with a manifest of every file in it, so that any changed byte shows."""
+"""Seals: a directory with a manifest of every file in it, so that any changed byte shows.
+
+The work of reading every byte can be shared: process ``index`` of ``count`` reads every
+``count``-th file.
+"""
 
 import hashlib
 import json
@@ -8,6 +12,7 @@ from typing import Any
 from jaxopt_suite.core.files import fsync, write_atomically
 
 MANIFEST = "manifest.json"
+_Entries = dict[str, list[Any]]  # size and SHA-256 by relative path
 
 
 def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -30,42 +35,63 @@ def _render(step: int, files: Any) -> bytes:
     return json.dumps({**body, "seal": seal}, indent=1).encode()
 
 
-def seal(step: int, directory: pathlib.Path) -> None:
-    """Writes the manifest, once every other file and folder is on the disk.
+def entries(directory: pathlib.Path, *, index: int = 0, count: int = 1) -> _Entries:
+    """What the manifest will say of this process's share of the files, once they are on the disk.
 
     Raises:
-      OSError: if the files cannot be read or the manifest not written.
+      OSError: if they cannot be read.
     """
-    files = _files(directory)
-    for path in [*files.values(), *(p for p in directory.rglob("*") if p.is_dir())]:
+    share = list(_files(directory).items())[index::count]
+    for _, path in share:
         fsync(path)
-    entries = {name: [path.stat().st_size, _digest(path)] for name, path in files.items()}
-    write_atomically(directory / MANIFEST, _render(step, entries))
+    return {name: [path.stat().st_size, _digest(path)] for name, path in share}
 
 
-def fault(step: int, directory: pathlib.Path) -> str | None:
-    """What is wrong with a sealed directory, or None if it is to the last byte what was sealed."""
+def seal(step: int, directory: pathlib.Path, files: _Entries) -> None:
+    """Writes the manifest, once every folder is on the disk.
+
+    Args:
+      step: the step it is of.
+      directory: what to seal.
+      files: the entries of all its files, from all processes.
+
+    Raises:
+      OSError: if the manifest cannot be written, or an entry is missing.
+    """
+    if odd := sorted(files.keys() ^ _files(directory).keys()):
+        raise OSError(f"the processes see different files in {directory}: {odd[0]}")
+    for path in (p for p in directory.rglob("*") if p.is_dir()):
+        fsync(path)
+    write_atomically(directory / MANIFEST, _render(step, dict(sorted(files.items()))))
+
+
+def fault(step: int, directory: pathlib.Path, *, index: int = 0, count: int = 1) -> str | None:
+    """What is wrong with a sealed directory, or None if it is to the last byte what was sealed.
+
+    With a ``count`` above 1 the bytes of this process's share are read, and the rest for its names.
+    """
     try:
-        return _difference(step, directory)
+        return _difference(step, directory, index, count)
     except FileNotFoundError as error:
         return f"{error.filename} is missing: its save was interrupted, or the file deleted"
     except OSError as error:
         return f"it cannot be read: {error}"
 
 
-def _difference(step: int, directory: pathlib.Path) -> str | None:
+def _difference(step: int, directory: pathlib.Path, index: int, count: int) -> str | None:
     text = (directory / MANIFEST).read_bytes()
     try:
-        entries = json.loads(text)["files"]
-        sealed = text == _render(step, entries)
+        sealed_files = json.loads(text)["files"]
+        sealed = text == _render(step, sealed_files)
     except (ValueError, TypeError, KeyError):
         sealed = False
     if not sealed:
         return f"{MANIFEST} is damaged or belongs to another step"
     files = _files(directory)
-    if odd := sorted(files.keys() ^ entries.keys()):
+    if odd := sorted(files.keys() ^ sealed_files.keys()):
         return f"{odd[0]} is {'not in the manifest' if odd[0] in files else 'missing'}"
-    for name, (size, digest) in entries.items():
+    for name in list(sealed_files)[index::count]:
+        size, digest = sealed_files[name]
         if (found := files[name].stat().st_size) != size:
             return f"{name} has {found} bytes instead of {size}"
         if _digest(files[name]) != digest:

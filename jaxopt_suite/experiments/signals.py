@@ -19,10 +19,10 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signum is not None
 
-    @property
-    def name(self) -> str:
-        """Name of the signal that came, such as SIGTERM."""
-        return "no signal" if self.signum is None else signal.Signals(self.signum).name
+
+def signal_name(signum: int | None) -> str:
+    """Name of a signal, such as SIGTERM."""
+    return "no signal" if signum is None else signal.Signals(signum).name
 
 
 @contextlib.contextmanager

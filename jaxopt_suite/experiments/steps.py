@@ -5,38 +5,27 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from jaxopt_suite.core import tree_bytes
 from jaxopt_suite.core.errors import UserError
-from jaxopt_suite.experiments import model
-from jaxopt_suite.experiments.config import TrainConfig, parse_settings
+from jaxopt_suite.experiments import assembly, model
+from jaxopt_suite.experiments.config import FREE_ON_RESUME, LAYOUT, TrainConfig, parse_settings
 from jaxopt_suite.experiments.schedules import learning_rate_schedule
 from jaxopt_suite.optimizers.registry import Recipe, registry
+from jaxopt_suite.parallel import wire
+from jaxopt_suite.parallel.train_step import Metrics, TrainState, TrainStep
 
-_NOT_COMPILED_IN = ("seed", "data", "log_every", "eval_every", "eval_batches")
+__all__ = ["Metrics", "Program", "TrainState", "build_program", "find_recipe"]
 
-
-class TrainState(NamedTuple):
-    """What a step takes and gives, and what a checkpoint holds."""
-
-    params: Any  # nested dict, f32
-    opt_state: Any  # state of chain(clipping, optimizer): a pair
-
-
-class Metrics(NamedTuple):
-    """What a step reports; stays on the device until it is asked for."""
-
-    loss: jax.Array  # f32 (), before the update, nats per byte
-    grad_norm: jax.Array  # f32 (), before clipping
-    update_norm: jax.Array  # f32 ()
-    finite: jax.Array  # bool (), whether the three above are
+_NOT_COMPILED_IN = frozenset(
+    ("seed", "data", "log_every", "eval_every", "eval_batches", *FREE_ON_RESUME)
+).difference(LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +37,11 @@ class Program:
       hyperparameters: what the optimizer was given besides the learning rate.
       peak: the largest learning rate; None where the optimizer keeps its own.
       schedule: learning rate by number of updates made; None where the optimizer keeps its own.
+      sizes: of the model.
       graphdef: the model without its parameters.
-      tx: clipping, then the optimizer.
+      train_step: the step, for one worker's parameters of the shapes ``abstract_params``.
       eval_params: optimizer state and parameters to the point that is evaluated.
-      abstract_state: shapes and dtypes of the state.
+      abstract_params: shapes and dtypes of the parameters.
       abstract_tokens: int32 [batch_size, seq_len + 1].
     """
 
@@ -59,62 +49,76 @@ class Program:
     hyperparameters: Mapping[str, Any]
     peak: float | None
     schedule: optax.Schedule | None
+    sizes: model.ModelConfig
     graphdef: Any
-    tx: optax.GradientTransformation
+    train_step: TrainStep
     eval_params: Callable[[Any, Any], Any]
-    abstract_state: TrainState
+    abstract_params: Any
     abstract_tokens: jax.ShapeDtypeStruct
 
     def accepts(self, config: TrainConfig) -> bool:
         """Whether ``config`` differs from its own in seed, data, folder or cadence at most."""
         return self.settings == _compiled_in(config)
 
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, and on a mesh its shardings."""
+        return self.train_step.abstract_state(self.abstract_params)
+
     @property
     def n_params(self) -> int:
         """Number of trained parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_state.params))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state, clipping not counted (it has none)."""
+        """Bytes of the optimizer's state on all devices, clipping not counted (it has none)."""
         return tree_bytes(self.abstract_state.opt_state[1])
 
-    def initial(self, preset: str, seed: int) -> TrainState:
-        """The state before the first step."""
-        _, params = model.build(model.PRESETS[preset], seed=seed)
-        return TrainState(params, jax.jit(self.tx.init)(params))
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends in one step, counted in the compiled program."""
+        if self.train_step.mesh is None:
+            return 0.0
+        return wire.bytes_sent(self._compiled_step, self.train_step.mesh)
 
-    def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, Metrics]:
-        loss_of = functools.partial(model.loss_fn, self.graphdef)
-        loss, grads = jax.value_and_grad(loss_of)(state.params, tokens)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        measured = loss, optax.tree.norm(grads), optax.tree.norm(updates)
-        finite = jnp.all(jnp.isfinite(jnp.stack(measured)))
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state), Metrics(*measured, finite)
+    def initial(self, seed: int) -> TrainState:
+        """The state before the first step; no device ever holds more of it than its part."""
+        return self.train_step.init(lambda: model.build(self.sizes, seed=seed)[1])
+
+    @functools.cached_property
+    def _lowered_step(self) -> Any:
+        return self.train_step.lower(self.abstract_params, self.abstract_tokens)
+
+    @functools.cached_property
+    def _compiled_step(self) -> Any:
+        return self._lowered_step.compile()
+
+    @property
+    def step(self) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Metrics]]:
+        """The compiled step; it consumes the state it is given (its buffers are donated)."""
+        compiled, shard = self._compiled_step, self.train_step.shard_batch
+        return lambda state, tokens: compiled(state, shard(tokens))
 
     def _evaluate(self, state: TrainState, tokens: jax.Array) -> jax.Array:
+        # Workers whose parameters differ are judged by what they would agree on.
+        state = jax.tree.map(
+            lambda axis, x: x if axis is None else jnp.mean(x, axis=0).astype(x.dtype),
+            self.train_step.layout(self.abstract_params).axes,
+            state,
+            is_leaf=lambda axis: axis is None,
+        )
         params = self.eval_params(state.opt_state[1], state.params)
         return model.loss_fn(self.graphdef, params, tokens)
 
     @functools.cached_property
-    def _traced_step(self) -> Any:
-        return jax.jit(self._step, donate_argnums=0).trace(
-            self.abstract_state, self.abstract_tokens
-        )
-
-    @functools.cached_property
-    def step(self) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Metrics]]:
-        """The compiled step; it consumes the state it is given (its buffers are donated)."""
-        return self._traced_step.lower().compile()
-
-    @functools.cached_property
     def _loss_of_batch(self) -> Callable[[TrainState, np.ndarray], jax.Array]:
-        return jax.jit(self._evaluate).lower(self.abstract_state, self.abstract_tokens).compile()
+        return jax.jit(self._evaluate)
 
     def evaluate(self, state: TrainState, batches: list[np.ndarray]) -> float:
         """Mean loss over ``batches``, in nats per byte."""
-        losses = [self._loss_of_batch(state, tokens) for tokens in batches]
+        shard = self.train_step.shard_batch
+        losses = [self._loss_of_batch(state, shard(tokens)) for tokens in batches]
         return float(np.mean(jax.device_get(losses), dtype=np.float64))
 
     def learning_rate(self, step: int) -> float | None:
@@ -156,13 +160,11 @@ def build_program(
       ValueError: if ``tx`` comes with a recipe, a learning rate or settings it would ignore.
     """
     config.validate()
-    if config.preset not in model.PRESETS:
-        legal = ", ".join(model.PRESETS)
-        raise UserError(f"--preset must be one of {legal}, got {config.preset!r}")
+    sizes = assembly.find_preset(config.preset)
     if tx is not None:
         if recipe is not None or config.learning_rate is not None or config.set:
             raise ValueError("tx is complete: give it without recipe, learning_rate or set")
-        return _assemble(config, tx)
+        return _assemble(config, sizes, tx)
     recipe = recipe or find_recipe(config.optimizer)
     settings = parse_settings(config.set)
     peak = config.learning_rate or recipe.learning_rate
@@ -172,50 +174,59 @@ def build_program(
     with _blaming_settings(config):
         return _assemble(
             config,
+            sizes,
             recipe.make(schedule, **settings),
             hyperparameters={**recipe.defaults, **settings},
             peak=peak,
             schedule=schedule,
             eval_params=recipe.eval_params,
+            communicates=recipe.communicates,
         )
 
 
 def _assemble(
     config: TrainConfig,
+    sizes: model.ModelConfig,
     optimizer: optax.GradientTransformation,
     *,
     hyperparameters: Mapping[str, Any] = types.MappingProxyType({}),
     peak: float | None = None,
     schedule: optax.Schedule | None = None,
     eval_params: Callable[[Any, Any], Any] | None = None,
+    communicates: bool = False,
 ) -> Program:
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    tx = optax.chain(clip, optimizer)
-    graphdef, params = _abstract_model(model.PRESETS[config.preset])
+    graphdef, params = assembly.abstract_model(sizes, config)
     program = Program(
         settings=_compiled_in(config),
         hyperparameters=hyperparameters,
         peak=peak,
         schedule=schedule,
+        sizes=sizes,
         graphdef=graphdef,
-        tx=tx,
+        train_step=assembly.assemble_step(
+            config,
+            optimizer,
+            sizes=sizes,
+            graphdef=graphdef,
+            mesh=assembly.build_mesh(config),
+            clip=config.clip,
+            communicates=communicates,
+        ),
         eval_params=eval_params or (lambda opt_state, params: params),
-        abstract_state=TrainState(params, jax.eval_shape(tx.init, params)),
+        abstract_params=params,
         abstract_tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32),
     )
-    _ = program._traced_step  # so that a hyperparameter only the update looks at is refused here
+    try:
+        program.train_step.check_batch(program.abstract_tokens)
+    except ValueError as error:
+        raise UserError(f"--batch-size: {error}") from error
+    _ = program._lowered_step  # so that a hyperparameter only the update looks at is refused here
     return program
 
 
-def _abstract_model(config: model.ModelConfig) -> tuple[Any, Any]:
-    """The graph definition, and the shapes of the parameters, without making any."""
-    module = nnx.eval_shape(lambda: model.Transformer(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def _compiled_in(config: TrainConfig) -> dict[str, Any]:
-    return {name: v for name, v in config.identity().items() if name not in _NOT_COMPILED_IN}
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name not in _NOT_COMPILED_IN}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments.checkpoints import Checkpoints, DamagedCheckpointWarning, Restored
@@ -169,6 +170,41 @@ with Checkpoints(sys.argv[1]) as c:
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_eight_devices_saved_comes_back_on_four_split_where_it_was_whole(
+    tmp_path: pathlib.Path,
+) -> None:
+    eight = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    four = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    values = np.arange(128, dtype=np.float32).reshape(16, 8)
+    wanted = NamedSharding(four, PartitionSpec("fsdp"))
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = {"w": jax.device_put(values, NamedSharding(eight, PartitionSpec()))}
+        checkpoints.save(1, saved, {})
+        like = {"w": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=wanted)}
+        restored = checkpoints.restore(like)
+    assert restored is not None
+    assert restored.state["w"].sharding == wanted
+    assert [s.data.shape for s in restored.state["w"].addressable_shards] == [(4, 8)] * 4
+    np.testing.assert_array_equal(np.asarray(restored.state["w"]), values)
+
+
+def test_state_in_host_memory_is_saved_and_comes_back_where_it_is_wanted(
+    tmp_path: pathlib.Path,
+) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    values = np.arange(128, dtype=np.float32).reshape(16, 8)
+    kinds = ("pinned_host", "device")
+    places = [NamedSharding(mesh, PartitionSpec("data"), memory_kind=kind) for kind in kinds]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"m": jax.device_put(values, places[0])}, {})
+        for place in places:
+            like = {"m": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)}
+            restored = checkpoints.restore(like)
+            assert restored is not None
+            assert restored.state["m"].sharding == place  # memory kind included
+            np.testing.assert_array_equal(np.asarray(restored.state["m"]), values)
 
 
 # What is refused

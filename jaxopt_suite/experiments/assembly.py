@@ -1,0 +1,136 @@
+"""From a configuration to a model, a mesh and a train step."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments import model
+from jaxopt_suite.experiments.config import LayoutConfig
+from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
+from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
+
+WORKER_AXIS = "worker"
+
+
+def find_preset(name: str) -> model.ModelConfig:
+    """The model sizes of that name.
+
+    Raises:
+      UserError: if there are none, with the list of those there are.
+    """
+    if name not in model.PRESETS:
+        raise UserError(f"--preset must be one of {', '.join(model.PRESETS)}, got {name!r}")
+    return model.PRESETS[name]
+
+
+def model_options(config: LayoutConfig) -> dict[str, Any]:
+    """How ``config`` wants the model computed: what ``model.Transformer`` takes besides sizes."""
+    return {
+        "dtype": config.dtype,
+        "scan_layers": config.scan_layers,
+        "remat": config.remat,
+    }
+
+
+def abstract_model(sizes: model.ModelConfig, config: LayoutConfig) -> tuple[Any, Any]:
+    """The graph definition, and the shapes of the parameters, without making any."""
+    options = model_options(config)
+    module = nnx.eval_shape(lambda: model.Transformer(sizes, rngs=nnx.Rngs(0), **options))
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def mesh_sizes(config: LayoutConfig) -> dict[str, int] | None:
+    """The mesh that ``--mesh`` asks for; None: one device.
+
+    Raises:
+      UserError: if the text is not that of a mesh.
+    """
+    if config.mesh is None:
+        return None
+    try:
+        return parse_mesh(config.mesh)
+    except ValueError as error:
+        raise UserError(f"--mesh {config.mesh}: {error}") from error
+
+
+def build_mesh(config: LayoutConfig) -> Mesh | None:
+    """The mesh of ``--mesh`` on the devices there are; of all of them if processes share the run.
+
+    Raises:
+      UserError: if there are too few.
+    """
+    sizes = mesh_sizes(config)
+    if sizes is None and jax.process_count() > 1:
+        sizes = {"data": jax.device_count()}
+    if sizes is None:
+        return None
+    try:
+        return make_mesh(sizes)
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from error
+
+
+def provide_cpu_devices(config: LayoutConfig) -> None:
+    """Lets this machine's CPU be as many devices as the mesh has, if JAX is to run on it.
+
+    Does nothing for accelerators. Must come before a backend starts.
+    """
+    sizes = mesh_sizes(config)
+    if sizes is not None and jax.config.jax_num_cpu_devices < 0:
+        jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+
+
+def assemble_step(
+    config: LayoutConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    sizes: model.ModelConfig,
+    graphdef: Any,
+    mesh: Mesh | None,
+    clip: float | None,
+    communicates: bool = False,
+) -> TrainStep:
+    """The train step of a model: clipping, then the optimizer.
+
+    Args:
+      config: dtype, micro-batches, where the state is kept.
+      optimizer: the state of the step's transformation is a pair, the second that of this.
+      sizes: of the model.
+      graphdef: of the model, from ``abstract_model``.
+      mesh: where to run; None: one device.
+      clip: global norm; None: not clipped.
+      communicates: whether the optimizer takes the mean over workers itself. Otherwise, on a mesh
+        with a worker axis, the mean of their gradients is taken before the clipping.
+
+    Raises:
+      UserError: if the mesh does not suit the model, or the options one another.
+    """
+    worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
+    first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    if worker_axis is not None and not communicates:
+        first = optax.chain(mean_over(worker_axis), first)
+    try:
+        return make_train_step(
+            functools.partial(model.loss_fn, graphdef),
+            optax.chain(first, optimizer),
+            mesh,
+            param_specs=None if mesh is None else model.param_specs(sizes, mesh),
+            worker_axis=worker_axis,
+            shard_state_over=config.state_axes(),
+            accumulate=config.accumulate,
+            offload_state=config.offload_state,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def mean_over(axis_name: str) -> optax.GradientTransformation:
+    """The mean of all workers' updates, uncompressed."""
+    return optax.stateless(lambda updates, params: jax.lax.pmean(updates, axis_name))

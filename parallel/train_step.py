@@ -1,0 +1,414 @@
+"""One train step for any loss, any optax transformation and any mesh."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxopt_suite.core.checks import check_int
+from jaxopt_suite.core.varying import vary
+from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
+from jaxopt_suite.parallel.meshes import BATCH_AXES
+from jaxopt_suite.parallel.offload import to_device, to_host
+from jaxopt_suite.parallel.placing import constrain, place
+from jaxopt_suite.parallel.workers import map_workers
+
+
+class Metrics(NamedTuple):
+    """What a step reports; with workers: the mean loss, root mean squares of the workers' norms."""
+
+    loss: jax.Array  # (), dtype of the loss; before the update
+    grad_norm: jax.Array  # (), global norm
+    update_norm: jax.Array  # (), global norm
+    finite: jax.Array  # bool (): whether the three above are
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """A train step that compiles at its first call; :func:`make_train_step` makes it.
+
+    Attributes:
+      loss_fn: ``(params, batch) -> loss``, the mean over the batch.
+      tx: the transformation.
+      placement: mesh, workers and shardings.
+      batch_spec: how a batch is split over the mesh.
+      accumulate: micro-batches per step.
+    """
+
+    loss_fn: Callable[[Any, Any], jax.Array]
+    tx: optax.GradientTransformationExtraArgs
+    placement: Placement
+    batch_spec: PartitionSpec
+    accumulate: int
+    _compiled: dict[Any, tuple[Layout, Any]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def init(self, params: Any) -> TrainState:
+        """The state before the first step, each part made where it will live.
+
+        Args:
+          params: the parameters, a pytree of arrays, the same on every process; they are copied. Or
+            a function without arguments that makes them: it is compiled with sharded results, so
+            the whole model is on no device at any time.
+
+        Returns:
+          The state. With a worker axis, what may differ between workers has a leading axis of size
+          workers.
+        """
+        if callable(params):
+            layout = self._prepare(jax.eval_shape(params))[0]
+            make = lambda: self._initial(layout, params())
+            return jax.jit(make, out_shardings=layout.state_shardings)()
+        layout = self._prepare(params)[0]
+        if self.mesh is not None:
+            params = place(params, self._shardings(layout.param_specs))
+        # An array that was merely passed through would be the caller's own, and the first step
+        # would donate it.
+        make = lambda p: self._initial(layout, jax.tree.map(jnp.copy, p))
+        return jax.jit(make, out_shardings=layout.state_shardings)(params)
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """Takes one step. ``state`` is donated: its arrays are gone afterwards.
+
+        Args:
+          state: from ``init`` or a step of this object, or restored onto its ``abstract_state``.
+          batch: the batch of all workers together, a pytree of arrays with the batch as their first
+            axis: NumPy arrays (the same on every process) or what ``shard_batch`` gave.
+
+        Returns:
+          The new state and the metrics.
+
+        Raises:
+          ValueError: if the state has another structure than ``init`` gave, or the batch does not
+            divide among devices and micro-batches.
+        """
+        return self._of_state(state)(state, self.shard_batch(batch))
+
+    def lower(self, params_like: Any, batch_like: Any) -> jax.stages.Lowered:
+        """The step lowered for these shapes. Allocates nothing; the devices need not exist.
+
+        Args:
+          params_like: one worker's parameters, or their shapes and dtypes.
+          batch_like: a batch, or its shapes and dtypes.
+        """
+        self.check_batch(batch_like)
+        layout, step = self._prepare(params_like)
+        sharding = self.batch_sharding
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_like
+        )
+        return step.lower(layout.abstract_state, batch)
+
+    def abstract_state(self, params_like: Any) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is restored onto."""
+        return self._prepare(params_like)[0].abstract_state
+
+    def layout(self, params_like: Any) -> Layout:
+        """Where everything lies, for one worker's parameters of these shapes and dtypes."""
+        return self._prepare(params_like)[0]
+
+    def shard_batch(self, batch: Any) -> Any:
+        """Puts each device's part of a batch on it.
+
+        Args:
+          batch: the whole batch, the same on every process: each copies what its devices need.
+            Arrays that lie so already are passed through.
+
+        Raises:
+          ValueError: if the first axis does not divide among devices and micro-batches.
+        """
+        self.check_batch(batch)
+        return batch if self.mesh is None else place(batch, self.batch_sharding)
+
+    def check_batch(self, batch: Any) -> None:
+        """Raises ``ValueError`` unless devices and micro-batches divide the batch among them.
+
+        Args:
+          batch: a batch, or its shapes and dtypes.
+        """
+        parts = self.placement.workers * self.accumulate
+        if self.mesh is not None:
+            parts = self.accumulate * _shards(self.mesh, self.batch_spec)
+        for path, x in jax.tree_util.tree_leaves_with_path(batch):
+            if not x.shape or x.shape[0] % parts:
+                where = jax.tree_util.keystr(path) or "the batch"
+                raise ValueError(
+                    f"the first axis of {where} must be a multiple of {parts} (devices that split "
+                    f"the batch times {self.accumulate} micro-batches), got shape {x.shape}"
+                )
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh it runs on; None: one device."""
+        return self.placement.mesh
+
+    @property
+    def batch_sharding(self) -> NamedSharding | None:
+        """How every leaf of a batch is laid out; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.batch_spec)
+
+    def _shardings(self, specs: Any) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+    def _prepare(self, params_like: Any) -> tuple[Layout, Any]:
+        """The layout and the compiled step for parameters of these shapes and dtypes."""
+        key = _signature(params_like)
+        if key not in self._compiled:
+            layout = self.placement.layout(self.tx, params_like)
+            shardings = layout.state_shardings
+            step = jax.jit(
+                functools.partial(self._step, layout),
+                in_shardings=(shardings, self.batch_sharding),
+                out_shardings=(shardings, self._replicated()),
+                donate_argnums=0,
+            )
+            structure = jax.tree.structure(layout.abstract_state)
+            self._compiled[key] = self._compiled[structure] = layout, step
+        return self._compiled[key]
+
+    def _of_state(self, state: TrainState) -> Any:
+        found = self._compiled.get(jax.tree.structure(state))
+        if found is None:
+            raise ValueError(
+                "a state comes from init, from a step, or from a checkpoint restored onto "
+                f"abstract_state of the same TrainStep; got {jax.tree.structure(state)}"
+            )
+        return found[1]
+
+    def _replicated(self) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    # What is compiled.
+
+    def _initial(self, layout: Layout, params: Any) -> TrainState:
+        make = lambda p: TrainState(p, self.tx.init(p))
+        return self._on_mesh(self._per_worker(make, (None,), layout.axes), layout.state_shardings)(
+            params
+        )
+
+    def _step(self, layout: Layout, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if layout.device_state is not None:
+            state = state._replace(opt_state=to_device(state.opt_state, layout.device_state))
+        if self.placement.worker_axis is not None:
+            workers = self.placement.workers
+            batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch)
+        one = self._per_worker(
+            functools.partial(self._one_worker, layout), (layout.axes, 0), (layout.axes, None)
+        )
+        shardings = layout.state_shardings, self._replicated()
+        state, metrics = self._on_mesh(one, shardings)(state, batch)
+        if layout.device_state is not None:
+            state = state._replace(
+                opt_state=to_host(state.opt_state, layout.state_shardings.opt_state)
+            )
+        return state, metrics
+
+    def _on_mesh(self, fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
+        """``fn`` traced with all axes left to the partitioner, whatever types the mesh has."""
+        if self.mesh is None:
+            return fn
+        explicit = tuple(
+            name
+            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+            if kind == AxisType.Explicit
+        )
+        if explicit:
+            return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
+
+        def in_context(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return fn(*args)
+
+        return in_context
+
+    def _per_worker(self, fn: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
+        if self.placement.worker_axis is None:
+            return fn
+
+        def mapped(*args: Any) -> Any:
+            # The mesh of the context: its axes are automatic, where those of ours may be explicit.
+            mesh = None if self.mesh is None else jax.sharding.get_abstract_mesh()
+            run = map_workers(
+                fn,
+                axis_name=self.placement.worker_axis,
+                mesh=mesh,
+                size=self.placement.workers,
+                in_axes=in_axes,
+                out_axes=out_axes,
+            )
+            return run(*args)
+
+        return mapped
+
+    def _one_worker(
+        self, layout: Layout, state: TrainState, batch: Any
+    ) -> tuple[TrainState, Metrics]:
+        axis = self.placement.worker_axis
+        with jax.named_scope("gradients"):
+            loss, grads = self._gradients(vary(state.params, axis) if axis else state.params, batch)
+            grads = constrain(grads, layout.update_specs)
+        with jax.named_scope("optimizer"):
+            # With ZeRO axes each device updates its part of the parameters, and only then are they
+            # put together again.
+            at = state._replace(params=constrain(state.params, layout.update_specs))
+            extra = {} if axis is None else {"param_specs": layout.param_specs}
+            updates, state = apply(self.tx, grads, at, **extra)
+            state = state._replace(params=constrain(state.params, layout.param_specs))
+        with jax.named_scope("metrics"):
+            return state, self._metrics(loss, grads, updates)
+
+    def _gradients(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        value_and_grad = jax.value_and_grad(self.loss_fn)
+        if self.accumulate == 1:
+            return value_and_grad(params, batch)
+        size = jax.tree.leaves(batch)[0].shape[0] // self.accumulate
+        mean = optax.microbatching.AccumulationType.MEAN
+        return optax.microbatching.microbatch(value_and_grad, 1, size, mean)(params, batch)
+
+    def _metrics(self, loss: jax.Array, grads: Any, updates: Any) -> Metrics:
+        squares = [optax.tree.norm(tree, squared=True) for tree in (grads, updates)]
+        axis = self.placement.worker_axis
+        if axis is not None:
+            # The one thing besides the optimizer's own that crosses between workers.
+            local = jnp.stack([x.astype(loss.dtype) for x in (loss, *squares)])
+            loss, *squares = jax.lax.pmean(vary(local, axis), axis)
+        norms = [jnp.sqrt(x) for x in squares]
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+        return Metrics(loss, *norms, finite)
+
+
+def make_train_step(
+    loss_fn: Callable[[Any, Any], jax.Array],
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    *,
+    param_specs: Any = None,
+    batch_spec: PartitionSpec | None = None,
+    worker_axis: str | None = None,
+    workers: int | None = None,
+    shard_state_over: Sequence[str] = (),
+    accumulate: int = 1,
+    remat: bool | Callable[..., Any] = False,
+    offload_state: bool = False,
+) -> TrainStep:
+    """A train step: gradient, transformation, new parameters.
+
+    Without ``worker_axis`` the batch is split over the mesh and everything else is as on one
+    device: XLA's partitioner puts in the communication, and ``tx`` sees the mean gradient. With
+    it, each worker takes the gradient of its own part of the batch and ``tx`` is what communicates
+    (``jax.lax`` collectives over ``worker_axis``); the other axes stay automatic, so ``tx`` sees
+    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every parameter over
+    those other axes, for links that want to work on what a device really holds.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, a scalar: the mean over the batch.
+      tx: any optax transformation.
+      mesh: where to run. Axes may be automatic or explicit; the loss is traced with automatic ones
+        (``jax.sharding.explicit_axes`` enters the other world from inside). None: one device.
+      param_specs: PartitionSpec of every parameter; one spec or None for a whole subtree will do.
+        None: parameters are whole on every device.
+      batch_spec: PartitionSpec of every leaf of the batch. None: the first axis is split over those
+        of the mesh's axes that are called worker, data or fsdp.
+      worker_axis: the axis over which ``tx`` communicates.
+      workers: how many; needed without a mesh, where one device simulates them all.
+      shard_state_over: axes to spread the optimizer state over besides (ZeRO stage 1): each device
+        updates its part of the parameters, and all get the result.
+      accumulate: micro-batches that a step's batch is cut into, one after the other.
+      remat: recompute in the backward pass: True keeps nothing of the loss, a policy of
+        ``jax.checkpoint_policies`` what it names.
+      offload_state: keep the optimizer state in the host's memory between steps.
+
+    Returns:
+      The step.
+
+    Raises:
+      ValueError: if an axis is not one of the mesh, does not divide what it is to split, or is
+        used for two purposes; or if the backend has no host memory to offload to.
+    """
+    check_int("accumulate", accumulate)
+    over = tuple(shard_state_over)
+    _check_axes(mesh, worker_axis, over, workers)
+    if mesh is not None:
+        workers = mesh.shape[worker_axis] if worker_axis else 1
+        batch_spec = _batch_spec(mesh, batch_spec, worker_axis)
+    if remat:
+        policy = remat if callable(remat) else None
+        loss_fn = jax.checkpoint(loss_fn, policy=policy)
+    return TrainStep(
+        loss_fn=loss_fn,
+        tx=optax.with_extra_args_support(tx),
+        placement=Placement(mesh, param_specs, worker_axis, workers or 1, over, offload_state),
+        batch_spec=batch_spec or PartitionSpec(),
+        accumulate=accumulate,
+    )
+
+
+def _check_axes(
+    mesh: Mesh | None, worker_axis: str | None, over: tuple[str, ...], workers: int | None
+) -> None:
+    """Raises unless the axes exist and the number of workers is known."""
+    if mesh is None:
+        if over:
+            raise ValueError(f"shard_state_over={over} needs a mesh")
+        if (worker_axis is None) != (workers is None):
+            raise ValueError(
+                "without a mesh, worker_axis and workers come together, "
+                f"got {worker_axis=} and {workers=}"
+            )
+        if workers is not None:
+            check_int("workers", workers)
+        return
+    names = mesh.axis_names
+    for argument, given in (("worker_axis", (worker_axis,)), ("shard_state_over", over)):
+        for name in given:
+            if name is not None and name not in names:
+                legal = ", ".join(map(repr, names))
+                raise ValueError(f"{argument} must be of the mesh's axes {legal}, got {name!r}")
+    if worker_axis in over:
+        raise ValueError(
+            f"shard_state_over={over} holds the worker axis {worker_axis!r}, whose workers keep "
+            "state of their own"
+        )
+    if workers is not None and workers != (mesh.shape[worker_axis] if worker_axis else None):
+        raise ValueError(f"workers={workers} is not the size of {worker_axis=} in {mesh}")
+
+
+def _batch_spec(
+    mesh: Mesh, batch_spec: PartitionSpec | None, worker_axis: str | None
+) -> PartitionSpec:
+    """The batch's spec with the worker axis first, checked against the mesh."""
+    if batch_spec is None:
+        first = tuple(name for name in mesh.axis_names if name in BATCH_AXES)
+        rest: tuple[Any, ...] = ()
+    else:
+        entries = tuple(batch_spec) or ((),)
+        first = entries[0] if isinstance(entries[0], tuple) else (entries[0],)
+        first = tuple(name for name in first if name is not None)
+        rest = entries[1:]
+    if worker_axis is not None:
+        # Each worker's rows are consecutive, whatever else they are split over.
+        first = (worker_axis, *(name for name in first if name != worker_axis))
+    spec = PartitionSpec(first or None, *rest)
+    for entry in (first, *rest):
+        for name in entry if isinstance(entry, tuple) else (entry,):
+            if name is not None and name not in mesh.axis_names:
+                legal = ", ".join(map(repr, mesh.axis_names))
+                raise ValueError(f"batch_spec {spec} must use the mesh's axes {legal}")
+    return spec
+
+
+def _shards(mesh: Mesh, batch_spec: PartitionSpec) -> int:
+    """Number of parts that the first axis of a batch is split into."""
+    entry = tuple(batch_spec)[0] if tuple(batch_spec) else None
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(mesh.shape[name] for name in names if name is not None)
+
+
+def _signature(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
