@@ -252,6 +252,11 @@ def _problem(
             return f"{axis!r} is the worker axis, and every worker holds parameters of its own"
         if used.count(axis) > 1:
             return f"axis {axis!r} comes twice"
+    order = list(mesh.shape)
+    for axes in entries:
+        if list(axes) != sorted(axes, key=order.index):
+            # XLA's partitioner (JAX 0.10 and 0.12) got matrix products of such layouts wrong.
+            return f"the axes of one dimension must come in the order of the mesh, got {axes}"
     for d, (size, axes) in enumerate(zip(shape, entries, strict=True)):
         if size % parts(mesh, axes):
             return (

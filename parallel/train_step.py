@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_suite.core.checks import check_int
 from jaxopt_suite.core.varying import vary
+from jaxopt_suite.parallel.arguments import batch_shards, check_axes, check_meshless, full_batch_spec
 from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
-from jaxopt_suite.parallel.meshes import BATCH_AXES
 from jaxopt_suite.parallel.offload import to_device, to_host
 from jaxopt_suite.parallel.placing import constrain, place
 from jaxopt_suite.parallel.workers import map_workers
@@ -133,7 +132,7 @@ class TrainStep:
         """
         parts = self.placement.workers * self.accumulate
         if self.mesh is not None:
-            parts = self.accumulate * _shards(self.mesh, self.batch_spec)
+            parts = self.accumulate * batch_shards(self.mesh, self.batch_spec)
         for path, x in jax.tree_util.tree_leaves_with_path(batch):
             if not x.shape or x.shape[0] % parts:
                 where = jax.tree_util.keystr(path) or "the batch"
@@ -332,10 +331,20 @@ def make_train_step(
     """
     check_int("accumulate", accumulate)
     over = tuple(shard_state_over)
-    _check_axes(mesh, worker_axis, over, workers)
-    if mesh is not None:
+    if mesh is None:
+        check_meshless(
+            worker_axis,
+            workers,
+            param_specs=param_specs,
+            batch_spec=batch_spec,
+            shard_state_over=over,
+            offload_state=offload_state,
+        )
+        batch_spec = PartitionSpec()
+    else:
+        check_axes(mesh, worker_axis, workers, over)
         workers = mesh.shape[worker_axis] if worker_axis else 1
-        batch_spec = _batch_spec(mesh, batch_spec, worker_axis)
+        batch_spec = full_batch_spec(mesh, batch_spec, worker_axis)
     if remat:
         policy = remat if callable(remat) else None
         loss_fn = jax.checkpoint(loss_fn, policy=policy)
@@ -343,70 +352,9 @@ def make_train_step(
         loss_fn=loss_fn,
         tx=optax.with_extra_args_support(tx),
         placement=Placement(mesh, param_specs, worker_axis, workers or 1, over, offload_state),
-        batch_spec=batch_spec or PartitionSpec(),
+        batch_spec=batch_spec,
         accumulate=accumulate,
     )
-
-
-def _check_axes(
-    mesh: Mesh | None, worker_axis: str | None, over: tuple[str, ...], workers: int | None
-) -> None:
-    """Raises unless the axes exist and the number of workers is known."""
-    if mesh is None:
-        if over:
-            raise ValueError(f"shard_state_over={over} needs a mesh")
-        if (worker_axis is None) != (workers is None):
-            raise ValueError(
-                "without a mesh, worker_axis and workers come together, "
-                f"got {worker_axis=} and {workers=}"
-            )
-        if workers is not None:
-            check_int("workers", workers)
-        return
-    names = mesh.axis_names
-    for argument, given in (("worker_axis", (worker_axis,)), ("shard_state_over", over)):
-        for name in given:
-            if name is not None and name not in names:
-                legal = ", ".join(map(repr, names))
-                raise ValueError(f"{argument} must be of the mesh's axes {legal}, got {name!r}")
-    if worker_axis in over:
-        raise ValueError(
-            f"shard_state_over={over} holds the worker axis {worker_axis!r}, whose workers keep "
-            "state of their own"
-        )
-    if workers is not None and workers != (mesh.shape[worker_axis] if worker_axis else None):
-        raise ValueError(f"workers={workers} is not the size of {worker_axis=} in {mesh}")
-
-
-def _batch_spec(
-    mesh: Mesh, batch_spec: PartitionSpec | None, worker_axis: str | None
-) -> PartitionSpec:
-    """The batch's spec with the worker axis first, checked against the mesh."""
-    if batch_spec is None:
-        first = tuple(name for name in mesh.axis_names if name in BATCH_AXES)
-        rest: tuple[Any, ...] = ()
-    else:
-        entries = tuple(batch_spec) or ((),)
-        first = entries[0] if isinstance(entries[0], tuple) else (entries[0],)
-        first = tuple(name for name in first if name is not None)
-        rest = entries[1:]
-    if worker_axis is not None:
-        # Each worker's rows are consecutive, whatever else they are split over.
-        first = (worker_axis, *(name for name in first if name != worker_axis))
-    spec = PartitionSpec(first or None, *rest)
-    for entry in (first, *rest):
-        for name in entry if isinstance(entry, tuple) else (entry,):
-            if name is not None and name not in mesh.axis_names:
-                legal = ", ".join(map(repr, mesh.axis_names))
-                raise ValueError(f"batch_spec {spec} must use the mesh's axes {legal}")
-    return spec
-
-
-def _shards(mesh: Mesh, batch_spec: PartitionSpec) -> int:
-    """Number of parts that the first axis of a batch is split into."""
-    entry = tuple(batch_spec)[0] if tuple(batch_spec) else None
-    names = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[name] for name in names if name is not None)
 
 
 def _signature(tree: Any) -> Any:

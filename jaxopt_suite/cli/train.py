@@ -36,9 +36,7 @@ def run(config: TrainConfig) -> int:
         console.print(result.message)
         console.print(_summary(result))
         return 0
-    errors = Console(
-        stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=not is_first
-    )
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=not is_first)
     errors.print(result.message)
     if result.signum is None:
         return _NONFINITE

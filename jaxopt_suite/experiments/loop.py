@@ -162,7 +162,9 @@ class _Trainer:
             return self._result("finished", f"finished: {self.step} steps")
         where = f"step {self.step} of {self.config.steps}"
         name = signal_name(signum)
-        return self._result("signal", f"stopped by {name} after {where}; the state is saved", signum)
+        return self._result(
+            "signal", f"stopped by {name} after {where}; the state is saved", signum
+        )
 
     def _advance(self, request: StopRequest, tell: Sequence[Write]) -> int | None:
         """Steps until the last one or a request; leaves the state of a step known to be sound.

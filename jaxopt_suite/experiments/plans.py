@@ -82,7 +82,13 @@ def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, in
 
     def make_step(mesh: Mesh) -> TrainStep:
         return assemble_step(
-            config, optimizer, sizes=sizes, graphdef=graphdef, mesh=mesh, clip=config.clip
+            config,
+            optimizer,
+            sizes=sizes,
+            graphdef=graphdef,
+            mesh=mesh,
+            clip=config.clip,
+            communicates=entry.recipe.communicates,
         )
 
     parts = math.prod(size for name, size in mesh.items() if name in BATCH_AXES)
