@@ -74,7 +74,8 @@ class Placement:
             return Layout(axes, self._stacked(local, axes), None, None, None)
         specs = broadcast_specs(params, self.param_specs)
         check_specs(params, specs, self.mesh, worker_axis=self.worker_axis)
-        axes = self._axes(tx, local, specs)
+        updates = zero_specs(params, specs, self.mesh, self.shard_state_over)
+        axes = self._axes(tx, local, updates)
         of_state = state_specs(
             tx,
             params,
@@ -92,7 +93,7 @@ class Placement:
             axes=axes,
             abstract_state=jax.tree.map(_with_sharding, stacked, kept),
             param_specs=specs,
-            update_specs=zero_specs(params, specs, self.mesh, self.shard_state_over),
+            update_specs=updates,
             device_state=on_device.opt_state if self.offload_state else None,
         )
 

@@ -255,7 +255,7 @@ class TrainStep:
             # With ZeRO axes each device updates its part of the parameters, and only then are they
             # put together again.
             at = state._replace(params=constrain(state.params, layout.update_specs))
-            extra = {} if axis is None else {"param_specs": layout.param_specs}
+            extra = {} if axis is None else {"param_specs": layout.update_specs}
             updates, state = apply(self.tx, grads, at, **extra)
             state = state._replace(params=constrain(state.params, layout.param_specs))
         with jax.named_scope("metrics"):
@@ -301,8 +301,8 @@ def make_train_step(
     device: XLA's partitioner puts in the communication, and ``tx`` sees the mean gradient. With
     it, each worker takes the gradient of its own part of the batch and ``tx`` is what communicates
     (``jax.lax`` collectives over ``worker_axis``); the other axes stay automatic, so ``tx`` sees
-    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every parameter over
-    those other axes, for links that want to work on what a device really holds.
+    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every update over those
+    other axes (None without a mesh), for links that want to work on what a device really holds.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar: the mean over the batch.
