@@ -20,7 +20,7 @@ PARTS: Mapping[str, str] = {
     "optimizer state": "likewise",
     "batch": "and whatever else the step receives",
     "gradients": "made by the backward pass, in the shape of a parameter's part on one device",
-    "activations": "made from the batch by the forward pass",
+    "activations": "made from the batch by the forward pass, or made again for the backward pass",
     "temporaries": "the rest: copies of parameters (cast, stacked, gathered), the backward pass's "
     "and the optimizer's intermediate results",
 }
@@ -158,10 +158,14 @@ def _part(buffer: Buffer, gradient_shapes: set[tuple[int, ...]], batch: set[int]
     names = [maker.op_name for maker in buffer.makers]
     if not any("/gradients/" in name for name in names) or not buffer.sources & batch:
         return "temporaries"
-    if not any("transpose(" in name for name in names):
+    if not any(_is_backward(name) for name in names):
         return "activations"
     shapes = {tuple(sorted(s.dims)) for maker in buffer.makers for s in maker.shapes}
     return "gradients" if shapes & gradient_shapes else "temporaries"
+
+
+def _is_backward(op_name: str) -> bool:
+    return "transpose(" in op_name and "rematted_computation" not in op_name
 
 
 def _argument(op_name: str) -> str:

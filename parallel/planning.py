@@ -109,7 +109,7 @@ class Plan:
             "compute": self.flops * share / self.chip.bf16_flops,
             "memory traffic": self.hbm_bytes * share / self.chip.hbm_bandwidth,
         }
-        return times | {f"wire ({_axes_text(link.axes)})": link.seconds for link in self.links}
+        return times | {f"wire ({axes_text(link.axes)})": link.seconds for link in self.links}
 
     @property
     def bound(self) -> float:
@@ -271,17 +271,13 @@ def _gradient_shapes(state: Any) -> set[tuple[int, ...]]:
     Those of the shards of parameters and optimizer state; and of equal ones side by side, as a loop
     over layers has them: as many as have the last part of their name and their shape in common.
     """
-    counts = Counter(
-        (jax.tree_util.keystr(path[-1:]), leaf.sharding.shard_shape(leaf.shape))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if leaf.ndim
-    )
-    params = Counter(
-        (jax.tree_util.keystr(path[-1:]), leaf.sharding.shard_shape(leaf.shape))
+    shard = lambda leaf: leaf.sharding.shard_shape(leaf.shape)
+    shapes = {shard(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim}
+    layers = Counter(
+        (jax.tree_util.keystr(path[-1:]), shard(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
     )
-    shapes = {shape for _, shape in counts}
-    shapes |= {(count, *shape) for (_, shape), count in params.items() if count > 1}
+    shapes |= {(count, *shape) for (_, shape), count in layers.items() if count > 1}
     return shapes | {tuple(size for size in shape if size != 1) for shape in shapes}
 
 
@@ -293,7 +289,8 @@ def _links(module: hlo.Module, mesh: Mesh, pod: Topology) -> tuple[Link, ...]:
     return tuple(links)
 
 
-def _axes_text(axes: tuple[str, ...]) -> str:
+def axes_text(axes: tuple[str, ...]) -> str:
+    """Mesh axes in words."""
     return " and ".join(axes) or "unknown axes"
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 import shlex
 
-from jaxopt_suite.experiments.config import ExperimentConfig
+from jaxopt_suite.experiments.config import LayoutConfig
 
 
-def shell_command(subcommand: str, config: ExperimentConfig) -> str:
+def shell_command(subcommand: str, config: LayoutConfig) -> str:
     """``jaxopt-suite SUBCOMMAND`` with every option not at its default, quoted for a shell."""
     words = ["jaxopt-suite", subcommand]
     for field in dataclasses.fields(config):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxopt_suite.experiments import markup
@@ -10,7 +10,7 @@ from jaxopt_suite.experiments.markup import Block, Code, Grid, Heading, Item, Li
 from jaxopt_suite.parallel.chips import Chip
 from jaxopt_suite.parallel.memory import PARTS
 from jaxopt_suite.parallel.meshes import format_mesh
-from jaxopt_suite.parallel.planning import GIB, Plan
+from jaxopt_suite.parallel.planning import GIB, Plan, axes_text
 
 _LARGEST = 8  # arrays listed in the HTML page
 
@@ -55,48 +55,40 @@ def constraints(report: Report) -> list[str]:
 
 
 def _memory(report: Report) -> Grid:
-    rows: list[tuple[str, Callable[[Plan], float | None]]] = [
-        (part, lambda plan, part=part: plan.memory.parts[part])  # type: ignore[misc]
-        for part in PARTS
+    plans = report.plans.values()
+    rows = [(part, [_gib(plan.memory.parts[part]) for plan in plans]) for part in PARTS]
+    rows += [
+        ("at the peak, in all", [_gib(plan.memory.total) for plan in plans]),
+        ("the compiler's figure", [_gib(plan.compiler_bytes) for plan in plans]),
+        ("there is", [_gib(plan.available) for plan in plans]),
     ]
-    rows.append(("at the peak, in all", lambda plan: plan.memory.total))
-    rows.append(("the compiler's figure", lambda plan: plan.compiler_bytes))
-    rows.append(("there is", lambda plan: plan.available))
-    if any(plan.memory.host for plan in report.plans.values()):
-        rows.append(("in the host's memory besides", lambda plan: plan.memory.host))
-    return _grid(report, [(name, _each(report, value, _gib)) for name, value in rows])
+    if any(plan.memory.host for plan in plans):
+        rows.append(("in the host's memory besides", [_gib(plan.memory.host) for plan in plans]))
+    return _grid(report, rows)
 
 
 def _step(report: Report) -> Grid:
     plans = report.plans.values()
-    times = list(dict.fromkeys(name for plan in plans for name in plan.times))
     rows = [
         ("FLOP", [_flops(plan) for plan in plans]),
-        ("bytes of memory traffic", _each(report, lambda plan: plan.hbm_bytes, _amount)),
+        ("bytes of memory traffic", [_amount(plan.hbm_bytes) for plan in plans]),
     ]
     for axes in dict.fromkeys(link.axes for plan in plans for link in plan.links):
-        sent = lambda plan, axes=axes: sum(x.nbytes for x in plan.links if x.axes == axes)  # type: ignore[misc]
-        name = " and ".join(axes) or "unknown axes"
-        rows.append((f"bytes sent over {name}", _each(report, sent, _amount)))
+        sent = [sum(link.nbytes for link in plan.links if link.axes == axes) for plan in plans]
+        rows.append((f"bytes sent over {axes_text(axes)}", [_amount(nbytes) for nbytes in sent]))
+    for name in dict.fromkeys(name for plan in plans for name in plan.times):
+        times = [plan.times.get(name) for plan in plans]
+        rows.append((f"ms at least: {name}", ["" if t is None else _ms(t) for t in times]))
     rows += [
-        (f"ms at least: {name}", _each(report, lambda plan, n=name: plan.times.get(n), _ms))  # type: ignore[misc]
-        for name in times
+        ("ms at least: a step", [_ms(plan.bound) for plan in plans]),
+        ("model FLOP of the peak, at most", [_share(plan.utilization) for plan in plans]),
+        ("seconds to compile here", [f"{plan.compile_seconds:.0f}" for plan in plans]),
     ]
-    rows.append(("ms at least: a step", _each(report, lambda plan: plan.bound, _ms)))
-    rows.append(("model FLOP of the peak, at most", [_share(plan.utilization) for plan in plans]))
-    rows.append(("seconds to compile here", [f"{plan.compile_seconds:.0f}" for plan in plans]))
     return _grid(report, rows)
 
 
 def _grid(report: Report, rows: Iterable[tuple[str, Sequence[str]]]) -> Grid:
     return Grid(("", *report.plans), [(name, *texts) for name, texts in rows])
-
-
-def _each(
-    report: Report, value: Callable[[Plan], float | None], text: Callable[[float], str]
-) -> list[str]:
-    values = [value(plan) for plan in report.plans.values()]
-    return ["" if v is None else text(v) for v in values]
 
 
 def _gib(nbytes: float) -> str:
@@ -143,7 +135,7 @@ def statements(report: Report) -> list[str]:
     """How the figures are to be read, and what is not in them."""
     plan = report.first
     chip = plan.chip
-    paths = ", ".join(f"{' and '.join(x.axes) or 'unknown'}: {x.path}" for x in plan.links)
+    paths = ", ".join(f"{axes_text(link.axes)}: {link.path}" for link in plan.links)
     said = [
         "Everything is read from the program compiled for the pod. The bound is what the busiest "
         "resource needs at its published peak, all others overlapped with it: no step is faster.",
@@ -151,7 +143,12 @@ def statements(report: Report) -> list[str]:
         "included; the peak is that of bfloat16 whatever the dtype.",
         f"Bytes on the wire are counted under the ring model{f' ({paths})' if paths else ''}.",
     ]
-    if chip.platform == "cuda":
+    if chip.platform == "tpu":
+        said.append(
+            "The compiler's figure is its peak. Where a program's temporaries in main memory are "
+            "smaller than those it keeps on the chip, it counts the latter instead."
+        )
+    else:
         said.append(
             "Compiled without a GPU: nothing is autotuned, so kernels and their scratch memory can "
             "differ from a real run; there are no memory kinds, so state cannot be offloaded."

@@ -14,6 +14,8 @@ OWN = {
     | {"largest_relative_difference", "limit", "departures"},
     "step_time.json": {"preset", "parameters", "optimizers"},
     "train_memory.json": {"preset", "steps", "optimizers"},
+    "plan.json": {"plan", "preset", "optimizer", "topology", "mesh", "seconds", "memory_bytes"}
+    | {"memory_total", "compiler_bytes", "flops"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }
 

@@ -1,5 +1,8 @@
 """The peak of a device's memory: by hand on small programs, against the compiler on real ones."""
 
+import gzip
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,3 +238,44 @@ def test_gradients_and_activations_are_told_apart():
     assert residual <= found.parts["activations"] <= 4 * residual
     assert found.parts["gradients"] >= LAYERS * WIDTH * WIDTH * 4
     assert sum(found.parts.values()) == found.total == sum(a.nbytes for a in found.arrays)
+
+
+# The largest that the compiler says is held, as tests/parallel/plans/write.py printed it.
+TPU_PEAKS = {
+    "data.v5e-2x2": 960505856,
+    "data-model.v5e-2x2": 1052782592,
+    "zero1-remat.v5e-2x2": 911227904,
+}
+
+
+def _stored(name: str) -> memory.Memory:
+    path = pathlib.Path(__file__).parent / "plans" / f"{name}.txt.gz"
+    shapes = {(1024, 1024), (4, 1024, 1024), (4, 1024, 512)}
+    return memory.peak(
+        hlo.parse(gzip.decompress(path.read_bytes()).decode()), gradient_shapes=shapes
+    )
+
+
+@pytest.mark.parametrize("name", TPU_PEAKS)
+def test_on_a_tpu_the_peak_is_the_compiler_s_own(name):
+    # A few kilobytes of constants and of the compiler's own are not in the program.
+    assert _stored(name).total == pytest.approx(TPU_PEAKS[name], rel=1e-4)
+
+
+def test_the_parts_on_a_tpu_are_those_of_the_layout():
+    mib = 2**20
+    whole = 5 * 4 * mib  # five matrices of 1024 by 1024
+    counter = 512  # an integer fills a tile
+    data, split = _stored("data.v5e-2x2").parts, _stored("data-model.v5e-2x2").parts
+    assert data["parameters"] == whole
+    assert data["optimizer state"] == 2 * whole + counter
+    assert data["batch"] == 64 * mib  # a quarter of 65536 rows
+    assert split["parameters"] == whole - 8 * mib  # half of every layer's
+    assert _stored("zero1-remat.v5e-2x2").parts["optimizer state"] == 2 * whole // 4 + counter
+    assert data["activations"] >= 2 * 4 * 64 * mib  # what goes into and out of every layer's tanh
+
+
+def test_what_is_computed_again_for_the_backward_pass_is_activations():
+    kept, again = _stored("data.v5e-2x2").parts, _stored("zero1-remat.v5e-2x2").parts
+    # With the whole loss computed again, as much is held as if it had been kept.
+    assert again["activations"] >= kept["activations"]
