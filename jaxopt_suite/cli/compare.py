@@ -10,6 +10,7 @@ from rich.measure import Measurement
 
 from jaxopt_suite.cli.shell import shell_command
 from jaxopt_suite.experiments import compare, table
+from jaxopt_suite.experiments.assembly import provide_cpu_devices
 from jaxopt_suite.experiments.config import CompareConfig
 from jaxopt_suite.experiments.report import Comparison
 
@@ -27,6 +28,7 @@ def run(config: CompareConfig) -> int:
       The exit status: 0 when the report is written, whatever it says, and 128 plus the signal's
       number (130, 143) for a comparison that was asked to stop.
     """
+    provide_cpu_devices(config)
     console = Console()
     try:
         comparison = compare.compare(config, command=command(config), console=console)
@@ -55,7 +57,7 @@ def show(comparison: Comparison, console: Console) -> None:
       console: where to print.
     """
     summary = comparison.table
-    columns = range(len(table.HEADINGS))
+    columns = range(len(table.headings(summary)))
     whole = _grid(summary, columns)
     if _width(whole) <= console.width:
         console.print(whole)
@@ -68,8 +70,9 @@ def show(comparison: Comparison, console: Console) -> None:
 
 def _grid(summary: table.Table, columns: Sequence[int]) -> rich.table.Table:
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, collapse_padding=True)
+    headings = table.headings(summary)
     for column in columns:
-        grid.add_column(table.HEADINGS[column], justify="right" if column else "left")
+        grid.add_column(headings[column], justify="right" if column else "left")
     for row in summary.rows:
         texts = table.cells(row, summary)
         grid.add_row(*(texts[column] for column in columns))

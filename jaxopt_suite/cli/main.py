@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
 from jaxopt_suite.experiments.plan_config import PlanConfig
 
 _PROGRAM = "jaxopt-suite"
+_FAREWELL = 3.0  # seconds
 # Each is run by ``run`` in the module of its name beside this one, imported when asked for.
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": TrainConfig,
@@ -60,10 +63,42 @@ def _run(config: Any) -> int:
             return importlib.import_module(f"jaxopt_suite.cli.{name}").run(config)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
+            status = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            return 130
+            status = 130
+        except Exception:
+            if not _has_peers():
+                raise
+            traceback.print_exc()
+            status = 1
+        if _has_peers():
+            _part(status)
+        return status
+
+
+def _has_peers() -> bool:
+    """Whether this is one of several processes of a run."""
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _part(status: int) -> None:
+    """Takes leave of the other processes, or ends this one if they do not come in time.
+
+    Unlike at the end of a run, they may be waiting for this one inside a step, and are only told
+    once it is gone. JAX by itself would wait for minutes before that.
+    """
+    import jax
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    late = threading.Timer(_FAREWELL, os._exit, (status,))
+    late.daemon = True
+    late.start()
+    jax.distributed.shutdown()
+    late.cancel()
 
 
 def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:

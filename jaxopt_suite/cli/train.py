@@ -87,7 +87,9 @@ def _summary(result: TrainResult) -> str:
         "time per step": f"{result.ms_per_step:.2f} ms (median)",
         "tokens per second": f"{result.tokens_per_second:,.0f}",
         "optimizer state": f"{per_parameter:.3f} bytes per parameter",
-        "sent per step": f"{result.wire_bytes:,.0f} bytes per device",
-        "folder": str(result.run.path),
     }
+    if result.mesh is not None:
+        rows["mesh"] = result.mesh
+        rows["sent per step"] = f"{result.wire_bytes:,.0f} bytes per device"
+    rows["folder"] = str(result.run.path)
     return "\n".join(f"  {name:<17}  {value}" for name, value in rows.items())

@@ -1,7 +1,9 @@
 """From a configuration to a model, a mesh and a train step."""
 
+import contextlib
 import functools
 import math
+import os
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
-from jaxopt_suite.experiments.config import LayoutConfig
+from jaxopt_suite.experiments.config import LayoutConfig, refuse
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
 from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
 
@@ -80,10 +82,15 @@ def build_mesh(config: LayoutConfig) -> Mesh | None:
 def provide_cpu_devices(config: LayoutConfig) -> None:
     """Lets this machine's CPU be as many devices as the mesh has, if JAX is to run on it.
 
-    Does nothing for accelerators. Must come before a backend starts.
+    Does nothing for accelerators, where ``JAX_NUM_CPU_DEVICES`` or ``XLA_FLAGS`` say how many, and
+    once JAX has started.
     """
     sizes = mesh_sizes(config)
-    if sizes is not None and jax.config.jax_num_cpu_devices < 0:
+    flags = os.environ.get("XLA_FLAGS", "")
+    said = jax.config.jax_num_cpu_devices >= 0 or "--xla_force_host_platform_device_count" in flags
+    if sizes is None or said:
+        return
+    with contextlib.suppress(RuntimeError):  # JAX has started: there are the devices there are
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
 
 
@@ -112,6 +119,10 @@ def assemble_step(
     Raises:
       UserError: if the mesh does not suit the model, or the options one another.
     """
+    if mesh is None:
+        for name in ("shard_state_over", "offload_state"):
+            if getattr(config, name):
+                refuse(name, getattr(config, name), "given with --mesh")
     worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     if worker_axis is not None and not communicates:

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxopt_suite.core.errors import UserError
@@ -80,6 +81,8 @@ def _as_run(result: TrainResult, *, optimizer: str, seed: int, learning_rate: fl
         n_params=result.n_params,
         load=os.getloadavg()[0],
         hardware=environment.hardware(),
+        mesh=result.mesh,
+        wire_bytes=result.wire_bytes,
         diverged_at=min(nonfinite, default=None),
     )
 
@@ -268,6 +271,11 @@ def compare(
       UserError: for everything the user can put right.
       Interrupted: if a signal asked for a stop.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"compare runs in one process, and this is one of {jax.process_count()}; train every "
+            "optimizer with jaxopt-suite train instead"
+        )
     chosen = entries(config)
     corpus = load_corpus(config.data) if corpus is None else corpus
     console = Console(quiet=True) if console is None else console

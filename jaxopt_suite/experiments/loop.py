@@ -10,8 +10,9 @@ import optax
 from rich.console import Console
 
 from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments import environment
 from jaxopt_suite.experiments.checkpoints import Checkpoints
-from jaxopt_suite.experiments.config import PROCESSES, TrainConfig
+from jaxopt_suite.experiments.config import LAYOUT, PROCESSES, TrainConfig
 from jaxopt_suite.experiments.data import Corpus, load_corpus, train_batches, validation_batches
 from jaxopt_suite.experiments.logs import RunFolder
 from jaxopt_suite.experiments.mirrors import Write, mirroring, require_packages
@@ -134,6 +135,8 @@ class _Trainer:
         self.metrics: Metrics | None = None  # of the last step, once one is made
         run.create_or_open(_identity(config, program, corpus))
         self.state = self._restored() or program.initial(config.seed)
+        if self.step < config.steps:
+            peers.from_first(self._note_start)
 
     def _restored(self) -> TrainState | None:
         """Goes back to the newest checkpoint and drops the records that came after it."""
@@ -147,6 +150,18 @@ class _Trainer:
         self.watch.total = restored.host["seconds"]
         _check_records(self.run, self.config, self.step)
         return restored.state
+
+    def _note_start(self) -> None:
+        """Adds to ``starts.jsonl`` where and how the run is computed from this step on."""
+        layout = {name: getattr(self.config, name) for name in LAYOUT}
+        layout |= {"mesh": self.program.mesh, "processes": self.peers.count}
+        start = {"step": self.step, **layout, "hardware": environment.hardware()}
+        path = self.run.path / "starts.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(start) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from error
 
     def finish(self, request: StopRequest, tell: Sequence[Write]) -> TrainResult:
         """Trains to the last step, or as far as it gets; ``tell`` are called with each record."""

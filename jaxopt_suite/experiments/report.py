@@ -94,6 +94,16 @@ def _timing_statement(runs: Sequence[Run]) -> str:
     )
 
 
+def _mesh_statement(comparison: Comparison) -> list[str]:
+    meshes = sorted({run.mesh for run in comparison.runs if run.mesh is not None})
+    if not meshes:
+        return []
+    return [
+        f"Every run is split over the mesh {', '.join(meshes)}. Bytes sent are what each device "
+        "sends to others in one step, counted in the compiled program."
+    ]
+
+
 def _fairness(comparison: Comparison) -> list[str]:
     """What was held equal between the optimizers, and what was not."""
     s = comparison.settings
@@ -113,6 +123,7 @@ def _fairness(comparison: Comparison) -> list[str]:
         "Steps and seconds to AdamW's loss are read off the mean curve over seeds: the first point "
         "at or below AdamW's final mean, linearly interpolated between evaluations.",
         "Optimizer-state bytes are those of the state's arrays, counted exactly.",
+        *_mesh_statement(comparison),
         _timing_statement(comparison.runs),
     ]
 
@@ -182,7 +193,7 @@ def document(comparison: Comparison) -> list[Block]:
     return [
         Heading("Optimizers compared", level=1),
         Paragraph(table.entropy_statement(numbers, comparison.entropy)),
-        Grid(table.HEADINGS, [table.cells(row, numbers) for row in numbers.rows]),
+        Grid(table.headings(numbers), [table.cells(row, numbers) for row in numbers.rows]),
         markup.Picture("curves.svg", svg, alt, caption),
         Heading("How it was measured"),
         Listing([Item(text) for text in _fairness(comparison)]),

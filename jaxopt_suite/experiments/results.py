@@ -27,6 +27,7 @@ class TrainResult:
       ms_per_step: median over the intervals between records.
       tokens_per_second: over all steps recorded.
       state_bytes: of the optimizer.
+      mesh: what this start ran on, such as data=8; None: one device.
       wire_bytes: sent by each device in one step, counted in the compiled program.
       n_params: trained parameters.
       learning_rate: its peak; None where the optimizer keeps its own.
@@ -44,6 +45,7 @@ class TrainResult:
     ms_per_step: float
     tokens_per_second: float
     state_bytes: int
+    mesh: str | None
     wire_bytes: float
     n_params: int
     learning_rate: float | None
@@ -93,6 +95,7 @@ def summarize(
         ms_per_step=statistics.median(paces) if paces else math.nan,
         tokens_per_second=trained[-1]["tokens"] / seconds if trained else math.nan,
         state_bytes=program.state_bytes,
+        mesh=program.mesh,
         wire_bytes=program.wire_bytes,
         n_params=program.n_params,
         learning_rate=program.peak,

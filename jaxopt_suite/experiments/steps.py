@@ -19,6 +19,7 @@ from jaxopt_suite.experiments.config import FREE_ON_RESUME, LAYOUT, TrainConfig,
 from jaxopt_suite.experiments.schedules import learning_rate_schedule
 from jaxopt_suite.optimizers.registry import Recipe, registry
 from jaxopt_suite.parallel import wire
+from jaxopt_suite.parallel.meshes import format_mesh
 from jaxopt_suite.parallel.train_step import Metrics, TrainState, TrainStep
 
 __all__ = ["Metrics", "Program", "TrainState", "build_program", "find_recipe"]
@@ -66,6 +67,12 @@ class Program:
         return self.train_step.abstract_state(self.abstract_params)
 
     @property
+    def mesh(self) -> str | None:
+        """The mesh it runs on, as ``--mesh`` has it; None: one device."""
+        mesh = self.train_step.mesh
+        return None if mesh is None else format_mesh(mesh.shape)
+
+    @property
     def n_params(self) -> int:
         """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract_params))
@@ -75,7 +82,7 @@ class Program:
         """Bytes of the optimizer's state on all devices, clipping not counted (it has none)."""
         return tree_bytes(self.abstract_state.opt_state[1])
 
-    @property
+    @functools.cached_property
     def wire_bytes(self) -> float:
         """Bytes that a device sends in one step, counted in the compiled program."""
         if self.train_step.mesh is None:

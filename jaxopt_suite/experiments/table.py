@@ -26,6 +26,8 @@ class Run:
       n_params: parameters of the model.
       load: one-minute load average of the machine when the run ended.
       hardware: the device the run was timed on.
+      mesh: what it was split over, such as data=8; ``None`` for one device.
+      wire_bytes: bytes that each device sent in one step, counted in the compiled program.
       diverged_at: the step at which the loss was first found not finite; ``None`` if it never was.
     """
 
@@ -40,6 +42,8 @@ class Run:
     n_params: int
     load: float = 0.0
     hardware: str = ""
+    mesh: str | None = None
+    wire_bytes: float = 0.0
     diverged_at: int | None = None
 
     @property
@@ -134,6 +138,7 @@ class Row:
       seconds_to_baseline: training seconds until then.
       ms_per_step: median over seeds of the runs' median milliseconds per step.
       state_bytes_per_param: bytes of optimizer state divided by parameters.
+      wire_bytes: bytes that each device sends in one step; ``None`` without a mesh.
       learning_rate: peak learning rate.
       rate_source: where the learning rate came from.
     """
@@ -148,6 +153,7 @@ class Row:
     seconds_to_baseline: float | None
     ms_per_step: float
     state_bytes_per_param: float
+    wire_bytes: float | None
     learning_rate: float
     rate_source: str
 
@@ -208,6 +214,7 @@ def _row(runs: Sequence[Run], rate: Rate, curve: Curve, baseline: float | None) 
         seconds_to_baseline=seconds,
         ms_per_step=statistics.median(run.ms_per_step for run in runs),
         state_bytes_per_param=runs[0].state_bytes / runs[0].n_params,
+        wire_bytes=None if runs[0].mesh is None else runs[0].wire_bytes,
         learning_rate=rate.value,
         rate_source=rate.source,
     )
@@ -231,7 +238,7 @@ def summarize(runs: Sequence[Run], rates: Mapping[str, Rate]) -> Table:
     return Table(tuple(rows), curves, loss, gap)
 
 
-HEADINGS = (  # a line break is where a narrow medium may break the line; others show a space
+_HEADINGS = (  # a line break is where a narrow medium may break the line; others show a space
     "optimizer",
     "validation loss",
     "vs AdamW",
@@ -241,6 +248,13 @@ HEADINGS = (  # a line break is where a narrow medium may break the line; others
     "state bytes per\nparameter",
     "learning rate",
 )
+_SENT = "bytes sent per\nstep and device"
+
+
+def headings(table: Table) -> tuple[str, ...]:
+    """The columns of a table; what crosses between devices has one where there are several."""
+    on_mesh = any(row.wire_bytes is not None for row in table.rows)
+    return (*_HEADINGS, _SENT) if on_mesh else _HEADINGS
 
 
 def _loss_cell(row: Row) -> str:
@@ -252,7 +266,7 @@ def _loss_cell(row: Row) -> str:
 
 
 def cells(row: Row, table: Table) -> tuple[str, ...]:
-    """One row as text, in the order of ``HEADINGS``."""
+    """One row as text, in the order of ``headings``."""
 
     def relative(value: float | None, template: str, absent: str) -> str:
         return table.baseline_gap or (absent if value is None else template.format(value))
@@ -267,6 +281,7 @@ def cells(row: Row, table: Table) -> tuple[str, ...]:
         f"{row.ms_per_step:.1f}",
         f"{row.state_bytes_per_param:.2f}",
         f"{row.learning_rate:.3g} ({row.rate_source})",
+        *([f"{row.wire_bytes:,.0f}"] if row.wire_bytes is not None else []),
     )
 
 

@@ -76,6 +76,26 @@ def test_all_files_are_there(out: pathlib.Path):
     assert "momentum=0.5" in (out / "report.md").read_text()
 
 
+def test_on_a_mesh_the_losses_are_the_same_and_what_is_sent_has_a_column(
+    out: pathlib.Path,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main([*words(tmp_path, data), "--mesh", "data=4", "--seeds", "1"]) == 0
+    alone, split = (json.loads((folder / "summary.json").read_text()) for folder in (out, tmp_path))
+    first = {row["optimizer"]: row["losses"][0] for row in alone["table"]}
+    for row in split["table"]:
+        # Float32 sums over the batch in another order, six steps.
+        assert row["losses"][0] == pytest.approx(first[row["optimizer"]], rel=2e-4)
+        gradients = 4 * split["runs"][0]["n_params"] * 2 * 3 / 4  # around a ring of four
+        assert gradients <= row["wire_bytes"] <= gradients + 64
+    assert {run["mesh"] for run in split["runs"]} == {"data=4"}
+    assert "bytes sent per" in capsys.readouterr().out
+    assert "mesh data=4" in (tmp_path / "report.md").read_text()
+    assert "bytes sent per" not in (out / "report.md").read_text()
+
+
 def test_starting_again_trains_nothing_and_prints_the_same_table(
     out: pathlib.Path,
     data: pathlib.Path,
@@ -144,6 +164,10 @@ def test_a_signal_gives_its_exit_status_and_says_how_to_go_on(
         ("--optimizers=", "different names"),
         ("--set=rank=3", "no optimizer compared has 'rank'"),
         ("--preset=giant", "--preset must be one of"),
+        ("--mesh=data=9", "needs 9 devices, and there are 8"),
+        ("--mesh=dta=2", "worker, data, fsdp, model, got 'dta'"),
+        ("--mesh=data=3", "--batch-size: "),
+        ("--shard-state-over=data", "--shard-state-over must be given with --mesh"),
         ("--data=/no/such/file", "/no/such/file"),
     ],
 )

@@ -94,7 +94,7 @@ class FakeTraining:
 
     def _result(self, run: RunFolder, stopped: str = "finished", signum: int | None = None):
         names = [field.name for field in dataclasses.fields(TrainResult)]
-        values = dict.fromkeys(names, 1) | {"message": "stopped", "run": run}
+        values = dict.fromkeys(names, 1) | {"message": "stopped", "run": run, "mesh": None}
         return TrainResult(**values | {"stopped": stopped, "signum": signum})
 
 
@@ -174,6 +174,26 @@ def test_a_folder_with_another_comparison_is_refused_naming_every_difference(fak
     for expected in ("steps is 4 there and 8 here", "optimizers is 'adamw,lion' there and 'adamw'"):
         assert expected in str(refusal.value)
     assert "seq_len" not in str(refusal.value)
+
+
+def test_another_mesh_is_another_comparison_as_it_takes_other_times(fake, config, corpus):
+    do(config, corpus)
+    with pytest.raises(UserError, match="mesh is None there and 'data=2' here"):
+        do(dataclasses.replace(config, mesh="data=2"), corpus)
+
+
+def test_layout_and_precision_reach_every_run(fake, config, corpus):
+    chosen = {"mesh": "data=2", "scan_layers": True, "dtype": "bfloat16", "accumulate": 2}
+    do(dataclasses.replace(config, **chosen), corpus)
+    for trained in fake.trained:
+        assert {name: getattr(trained, name) for name in chosen} == chosen
+
+
+def test_one_of_several_processes_is_refused(fake, config, corpus, monkeypatch):
+    monkeypatch.setattr(compare.jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"one process, and this is one of 2; .*jaxopt-suite train"):
+        do(config, corpus)
+    assert not pathlib.Path(config.out).exists()
 
 
 def test_other_data_under_the_same_name_is_refused(fake, config, corpus):

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from jaxopt_suite.core.errors import UserError
-from jaxopt_suite.experiments.config import CompareConfig, TrainConfig, parse_settings
+from jaxopt_suite.experiments.config import (
+    LAYOUT,
+    PROCESSES,
+    CompareConfig,
+    TrainConfig,
+    parse_settings,
+)
 from jaxopt_suite.experiments.schedules import learning_rate_schedule
 
 
@@ -32,6 +38,9 @@ from jaxopt_suite.experiments.schedules import learning_rate_schedule
         ("keep", 0),
         ("mirror", ("mlflow",)),
         ("mirror", ("wandb", "wandb")),
+        ("accumulate", 0),
+        ("initialization_timeout", 0),
+        ("processes", 0),
         ("set", ("b2",)),
         ("set", ("b2=",)),
         ("set", ("2b=1",)),
@@ -42,6 +51,20 @@ def test_a_bad_value_is_refused_by_option_and_value(field, value):
     shown = value[-1] if isinstance(value, tuple) else value
     with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} must be .*got {shown!r}"):
         TrainConfig(**{field: value}).validate()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"processes": 2}, "--processes must be given with --mesh, .*got 2"),
+        ({"processes": 2, "mesh": "data=2", "distributed": True}, "--processes must be alone"),
+        ({"coordinator": "h:1"}, "--coordinator must be given with --num-processes and --process"),
+        ({"num_processes": 2, "process_id": 0}, "--coordinator must be given with .*got None"),
+    ],
+)
+def test_contradicting_ways_to_find_the_processes_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**fields).validate()
 
 
 @pytest.mark.parametrize("names", ["", "adamw,", "adamw,grams,adamw"])
@@ -71,8 +94,13 @@ def test_settings_are_literals_where_they_can_be():
 def test_only_what_changes_no_record_is_left_out_of_a_run_s_identity():
     config = TrainConfig()
     free = {"out": "elsewhere", "checkpoint_every": 7, "keep": 9, "mirror": ("wandb",)}
+    free |= {"mesh": "data=2", "scan_layers": True, "remat": True, "accumulate": 2}
+    free |= {"shard_state_over": "data", "offload_state": True}
+    free |= {"coordinator": "host:1", "num_processes": 2, "process_id": 1}
     assert TrainConfig(**free).identity() == config.identity()
-    assert set(vars(config)) - set(config.identity()) == set(free)
+    left_out = set(vars(config)) - set(config.identity())
+    assert left_out == {"out", "checkpoint_every", "keep", "mirror", *LAYOUT, *PROCESSES}
+    assert "dtype" in config.identity()  # another precision is another run
 
 
 def test_records_come_at_the_log_steps_the_evaluations_and_the_end():

@@ -282,7 +282,7 @@ def test_a_state_that_starts_as_the_parameters_can_be_donated(tmp_path):
 
 
 def test_a_step_consumes_the_state_it_is_given(program):
-    state = program.initial("nano", 0)
+    state = program.initial(0)
     tokens = np.zeros((2, 17), np.int32)
     after, metrics = program.step(state, tokens)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

@@ -1,5 +1,6 @@
 """The transformer against a plain NumPy one, its gradients, its sizes and its parameter tree."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.model import PRESETS, ModelConfig
+from jaxopt_suite.parallel.meshes import make_mesh
 
 _SMALL = ModelConfig(d_model=32, n_layers=2, n_heads=2, d_ff=48, vocab_size=17)
 
@@ -173,6 +176,76 @@ def test_thirty_adam_steps_learn_one_batch():
         losses.append(float(loss))
     assert losses[0] == pytest.approx(math.log(17), abs=0.5)  # logits start small
     assert losses[-1] < 0.1 * losses[0]
+
+
+# --- how it is computed: in a loop, anew in the backward pass, on a mesh
+
+
+def _value_and_grad_in_float64(**options):
+    with jax.enable_x64(True):
+        graphdef, params = model.build(_SMALL, seed=1, dtype=jnp.float64, **options)
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+        loss = functools.partial(model.loss_fn, graphdef, tokens=_tokens(2, 12))
+        return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(loss))(wide))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scan_layers": True}, {"remat": True}, {"scan_layers": True, "remat": True}],
+    ids=str,
+)
+def test_a_loop_over_layers_and_recomputation_change_nothing(options):
+    (loss, grads), (expected, expected_grads) = (
+        _value_and_grad_in_float64(**chosen) for chosen in (options, {})
+    )
+    assert loss.dtype == np.float64
+    # Float64 in another fusion: a loss near 3, gradients of at most 0.5.
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    jax.tree.map(close, grads, expected_grads)
+
+
+@pytest.mark.slow
+def test_a_loop_compiles_one_layer_and_recomputation_keeps_less_for_the_backward_pass():
+    deep = dataclasses.replace(_SMALL, n_layers=4)
+
+    def compiled(**options):
+        graphdef, params = model.build(deep, seed=0, **options)
+        grad = jax.jit(jax.grad(functools.partial(model.loss_fn, graphdef)))
+        return grad.lower(params, _tokens(8, 65)).compile()
+
+    plain, loop, anew = (
+        compiled(),
+        compiled(scan_layers=True),
+        compiled(scan_layers=True, remat=True),
+    )
+    assert loop.as_text().count(" dot(") < plain.as_text().count(" dot(") / 2
+    temporary = lambda program: program.memory_analysis().temp_size_in_bytes
+    assert temporary(anew) < 0.6 * temporary(loop)
+
+
+def test_matrices_are_split_by_columns_then_by_rows_and_over_fsdp_besides():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    specs = model.param_specs(_SMALL, mesh)
+    block = specs["blocks"]["0"]
+    assert block["attention"]["query"] == PartitionSpec("fsdp", "model")
+    assert block["attention"]["output"] == PartitionSpec("model", "fsdp")
+    assert block["mlp"]["down"] == PartitionSpec("model", "fsdp")
+    assert "model" not in jax.tree.leaves(tuple(specs["head"]))
+    whole = model.param_specs(_SMALL, make_mesh({"data": 8}))
+    assert set(jax.tree.leaves(whole)) == {PartitionSpec()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"model": 4}, "mesh axis 'model' of size 4 must divide n_heads = 2"),
+        ({"data": 4, "model": 2}, "mesh axis 'model' of size 2 must divide d_ff = 49"),
+    ],
+)
+def test_a_model_axis_that_does_not_divide_heads_or_width_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        model.param_specs(dataclasses.replace(_SMALL, d_ff=49), make_mesh(sizes))
 
 
 # --- sizes, initial values, the tree

@@ -150,6 +150,18 @@ def test_report_says_what_was_measured_and_how(written: pathlib.Path, name: str)
         assert expected in text
 
 
+def test_on_a_mesh_the_report_says_which_and_what_each_device_sends(tmp_path: pathlib.Path):
+    runs = [dataclasses.replace(r, mesh="data=8", wire_bytes=4e6) for r in make_comparison().runs]
+    report.write(make_comparison(runs=tuple(runs)), tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "over the mesh data=8" in text
+        assert "4,000,000" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {row["wire_bytes"] for row in summary["table"]} == {4e6}
+    assert "mesh" not in markup.to_markdown(report.document(make_comparison()))
+
+
 def test_summary_holds_every_number_and_is_strict_json(written: pathlib.Path):
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

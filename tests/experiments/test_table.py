@@ -1,5 +1,6 @@
 """The numbers of a comparison, recomputed by hand from planted runs."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -138,6 +139,21 @@ def test_curve_holds_the_mean_and_the_range_over_seeds():
     np.testing.assert_allclose(curve.mean, [5.0, 2.5, 2.0, 1.5], rtol=1e-12)
     np.testing.assert_array_equal(curve.low, [5.0, 2.4, 1.9, 1.4])
     np.testing.assert_array_equal(curve.high, [5.0, 2.6, 2.1, 1.6])
+
+
+def test_what_crosses_between_devices_has_a_column_on_a_mesh_only():
+    alone = make_table()
+    assert all(row.wire_bytes is None for row in alone.rows)
+    runs = {
+        f"{name}_{seed}": dataclasses.replace(
+            make_run(name, seed, losses), mesh="data=8", wire_bytes=12345.0
+        )
+        for (name, seed), losses in LOSSES.items()
+    }
+    on_mesh = make_table(**runs)
+    assert table.headings(on_mesh) == (*table.headings(alone), "bytes sent per\nstep and device")
+    assert [table.cells(row, on_mesh)[-1] for row in on_mesh.rows] == ["12,345"] * 3
+    assert len(table.cells(alone.rows[0], alone)) == len(table.headings(alone))
 
 
 def test_entropy_statement_names_who_is_below_and_who_is_not():
