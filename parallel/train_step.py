@@ -12,7 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_suite.core.checks import check_int
 from jaxopt_suite.core.varying import vary
-from jaxopt_suite.parallel.arguments import batch_shards, check_axes, check_meshless, full_batch_spec
+from jaxopt_suite.parallel.arguments import (
+    batch_shards,
+    check_axes,
+    check_meshless,
+    full_batch_spec,
+)
+from jaxopt_suite.parallel.gradients import loss_and_gradient
 from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
 from jaxopt_suite.parallel.offload import to_device, to_host
 from jaxopt_suite.parallel.placing import constrain, place
@@ -249,7 +255,8 @@ class TrainStep:
     ) -> tuple[TrainState, Metrics]:
         axis = self.placement.worker_axis
         with jax.named_scope("gradients"):
-            loss, grads = self._gradients(vary(state.params, axis) if axis else state.params, batch)
+            gradient = loss_and_gradient(self.loss_fn, accumulate=self.accumulate, axis_name=axis)
+            loss, grads = gradient(state.params, batch)
             grads = constrain(grads, layout.update_specs)
         with jax.named_scope("optimizer"):
             # With ZeRO axes each device updates its part of the parameters, and only then are they
@@ -260,14 +267,6 @@ class TrainStep:
             state = state._replace(params=constrain(state.params, layout.param_specs))
         with jax.named_scope("metrics"):
             return state, self._metrics(loss, grads, updates)
-
-    def _gradients(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        value_and_grad = jax.value_and_grad(self.loss_fn)
-        if self.accumulate == 1:
-            return value_and_grad(params, batch)
-        size = jax.tree.leaves(batch)[0].shape[0] // self.accumulate
-        mean = optax.microbatching.AccumulationType.MEAN
-        return optax.microbatching.microbatch(value_and_grad, 1, size, mean)(params, batch)
 
     def _metrics(self, loss: jax.Array, grads: Any, updates: Any) -> Metrics:
         squares = [optax.tree.norm(tree, squared=True) for tree in (grads, updates)]
@@ -301,8 +300,9 @@ def make_train_step(
     device: XLA's partitioner puts in the communication, and ``tx`` sees the mean gradient. With
     it, each worker takes the gradient of its own part of the batch and ``tx`` is what communicates
     (``jax.lax`` collectives over ``worker_axis``); the other axes stay automatic, so ``tx`` sees
-    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every update over those
-    other axes (None without a mesh), for links that want to work on what a device really holds.
+    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every update over
+    those other axes (None without a mesh), for links that want to work on what a device really
+    holds. ``tx.init`` runs outside of the axis: what differs between workers is made by updates.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar: the mean over the batch.

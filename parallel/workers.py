@@ -119,7 +119,8 @@ def result_axes(
     if mesh is None:
         abstract = AbstractMesh((size,), (axis_name,), axis_types=(AxisType.Auto,))
     else:
-        abstract = mesh.abstract_mesh
+        types = (AxisType.Auto,) * len(mesh.axis_names)  # what is explicit is no matter here
+        abstract = mesh.abstract_mesh.update(axis_types=types)
     found: list[Axes] = []
 
     def observed(*local: Any) -> Any:
@@ -132,7 +133,8 @@ def result_axes(
     )
     # Values would bring the sharding of another mesh with them.
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-    jax.eval_shape(probe, *like)
+    with jax.sharding.use_abstract_mesh(abstract):
+        jax.eval_shape(probe, *like)
     return found[-1]
 
 

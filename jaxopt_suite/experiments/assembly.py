@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.config import LayoutConfig, refuse
+from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
 from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
 
@@ -92,6 +93,22 @@ def provide_cpu_devices(config: LayoutConfig) -> None:
         return
     with contextlib.suppress(RuntimeError):  # JAX has started: there are the devices there are
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
+
+
+def axis_of(recipe: Recipe, config: LayoutConfig) -> dict[str, str]:
+    """The axis name that ``recipe.make`` takes if the optimizer communicates.
+
+    Raises:
+      UserError: if it does, and the mesh has no workers.
+    """
+    if not recipe.communicates:
+        return {}
+    if WORKER_AXIS not in (mesh_sizes(config) or {}):
+        raise UserError(
+            f"{recipe.name} communicates between workers: --mesh must have some, such as "
+            f"{WORKER_AXIS}=4, got {config.mesh!r}"
+        )
+    return {"axis_name": WORKER_AXIS}
 
 
 def assemble_step(

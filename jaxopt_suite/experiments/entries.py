@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments.assembly import axis_of
 from jaxopt_suite.experiments.config import CompareConfig, parse_settings
 from jaxopt_suite.experiments.table import Rate
 from jaxopt_suite.optimizers.registry import Recipe, registry
@@ -57,15 +58,16 @@ def _rate(recipe: Recipe, given: Any) -> Rate:
     return Rate(float(given), "given")
 
 
-def _entry(recipe: Recipe, settings: Mapping[str, Any]) -> Entry:
+def _entry(recipe: Recipe, settings: Mapping[str, Any], config: CompareConfig) -> Entry:
     """What concerns ``recipe`` in the settings; one that names it outranks one for all."""
     general = {name: value for name, value in settings.items() if name in _legal(recipe)}
     prefix = f"{recipe.name}."
     own = {n.removeprefix(prefix): v for n, v in settings.items() if n.startswith(prefix)}
     chosen = general | own
     rate = _rate(recipe, chosen.pop("learning_rate", None))
+    axis = axis_of(recipe, config)
     try:
-        recipe.make(rate.value, **chosen)
+        recipe.make(rate.value, **axis, **chosen)
     except (TypeError, ValueError) as error:
         raise UserError(f"--set: {recipe.name}: {error}") from error
     return Entry(recipe, chosen, rate)
@@ -81,8 +83,8 @@ def entries(config: CompareConfig) -> list[Entry]:
       One entry for each optimizer.
 
     Raises:
-      UserError: for an optimizer that is unknown or listed twice, an empty list, or a setting that
-        no listed optimizer has.
+      UserError: for an optimizer that is unknown or listed twice, an empty list, a setting that no
+        listed optimizer has, or one that communicates without workers to do so.
     """
     config.validate()
     recipes = registry()
@@ -93,4 +95,4 @@ def entries(config: CompareConfig) -> list[Entry]:
     settings = parse_settings(config.set)
     for name in settings:
         _check_setting(name, listed)
-    return [_entry(recipe, settings) for recipe in listed]
+    return [_entry(recipe, settings, config) for recipe in listed]

@@ -3,8 +3,8 @@
 Pre-norm blocks of causal attention with rotary positions and a gated MLP (SwiGLU), RMSNorm, an
 untied head, no biases. Every matrix is a parameter leaf of its own: the optimizers under comparison
 see what they would see in any other network, and ``params["blocks"]["0"]["attention"]["query"]``
-finds it. ``scan_layers`` keeps that: the layers' parameters are put side by side inside the program,
-which then holds one block whatever the depth.
+finds it. ``scan_layers`` keeps that: the layers' parameters are put side by side inside the
+program, which then holds one block whatever the depth.
 
 On a mesh the axes have the meaning of ``parallel.meshes.AXES``: activations are split by batch,
 parameters as :func:`param_specs` says, and everything inside a block follows from the two.
@@ -230,7 +230,7 @@ class Transformer(nnx.Module):
         self.head = _normal(rngs, (d, v), 0.5 * d**-0.5)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits, float32 or wider [b, s, v], of the token after each of ``tokens``, int32 [b, s]."""
+        """Logits [b, s, v] of the token after each of ``tokens``, int32 [b, s]."""
         tables = rotary_tables(tokens.shape[1], self.config.head_size)
         x = split_batch(self.embedding[...].astype(self.dtype)[tokens])
         x = self.final_norm(self._through_blocks(x, tables))

@@ -178,11 +178,12 @@ def build_program(
     schedule = learning_rate_schedule(
         recipe.schedule, peak, steps=config.steps, warmup_fraction=config.warmup_fraction
     )
+    axis = assembly.axis_of(recipe, config)
     with _blaming_settings(config):
         return _assemble(
             config,
             sizes,
-            recipe.make(schedule, **settings),
+            recipe.make(schedule, **axis, **settings),
             hyperparameters={**recipe.defaults, **settings},
             peak=peak,
             schedule=schedule,
