@@ -8,6 +8,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxopt_suite.core.errors import UserError
@@ -193,7 +194,11 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_is_written(tmp_path,
 
 def test_workers_that_disagree_are_evaluated_at_their_mean():
     """As after a recipe that communicates by itself, or, here, one that claims to and does not."""
-    alone = dataclasses.replace(registry()["sgd"], communicates=True)
+    alone = dataclasses.replace(
+        registry()["sgd"],
+        factory=lambda learning_rate, *, axis_name, **_: optax.sgd(learning_rate),
+        communicates=True,
+    )
     config = dataclasses.replace(CONFIG, mesh="worker=2", optimizer="sgd", learning_rate=1.0)
     program = build_program(config, recipe=alone)
     tokens = np.random.default_rng(0).integers(0, 256, (16, 13)).astype(np.int32)
@@ -207,3 +212,5 @@ def test_workers_that_disagree_are_evaluated_at_their_mean():
     assert program.evaluate(state, [tokens]) == pytest.approx(expected, rel=1e-6)  # float32
     first = float(model.loss_fn(program.graphdef, jax.tree.map(lambda x: x[0], params), tokens))
     assert abs(first - expected) > 1e-4
+    with pytest.raises(UserError, match=r"sgd communicates .*worker=4, got 'data=2'"):
+        build_program(dataclasses.replace(config, mesh="data=2"), recipe=alone)
