@@ -1,11 +1,12 @@
 """Where the state of training lies: its shapes, its shardings, and what differs between workers."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_suite.parallel.offload import host_shardings
 from jaxopt_suite.parallel.specs import broadcast_specs, check_specs, zero_specs
@@ -84,7 +85,7 @@ class Placement:
             shard_state_over=self.shard_state_over,
             worker_axis=self.worker_axis,
         )
-        on_device = self._shardings(TrainState(specs, of_state), axes)
+        on_device = self._shardings(self.mesh, TrainState(specs, of_state), axes)
         stacked, kept = self._stacked(local, axes), on_device
         if self.offload_state:
             at_rest = host_shardings(stacked.opt_state, on_device.opt_state)
@@ -104,7 +105,7 @@ class Placement:
             tx,
             local,
             axis_name=self.worker_axis,
-            mesh=automatic(self.mesh),
+            mesh=self.mesh,
             workers=self.workers,
             param_specs=specs,
         )
@@ -112,12 +113,12 @@ class Placement:
     def _stacked(self, local: TrainState, axes: TrainState) -> TrainState:
         return _map_axes(lambda axis, x: _stack(x, axis, self.workers), axes, local)
 
-    def _shardings(self, specs: TrainState, axes: TrainState) -> TrainState:
+    def _shardings(self, mesh: Mesh, specs: TrainState, axes: TrainState) -> TrainState:
         def sharding(axis: int | None, spec: PartitionSpec | None) -> NamedSharding | None:
             if spec is None:  # no leaf here, but a None in the tree
                 return None
             own = () if axis is None else (self.worker_axis,)
-            return NamedSharding(self.mesh, PartitionSpec(*own, *spec))
+            return NamedSharding(mesh, PartitionSpec(*own, *spec))
 
         return _map_axes(sharding, axes, specs)
 
@@ -140,24 +141,24 @@ def state_axes(
       tx: the transformation.
       local: shapes and dtypes of one worker's state.
       axis_name: the workers' axis.
-      mesh: with automatic axes; None for a simulated fleet.
+      mesh: None for a simulated fleet.
       workers: how many there are.
       param_specs: handed to ``tx``.
 
     Returns:
       0 where workers have their own, None where they share it, for every leaf of the state.
     """
-    common = {"axis_name": axis_name, "mesh": mesh, "size": workers}
+    differs = functools.partial(result_axes, axis_name=axis_name, mesh=mesh, size=workers)
 
     def update(state: TrainState, grads: Any) -> TrainState:
         return apply(tx, grads, state, param_specs=param_specs)[1]
 
     shared = jax.tree.map(lambda _: None, local.params)
-    axes = TrainState(shared, result_axes(tx.init, (local.params,), in_axes=None, **common))
+    axes = TrainState(shared, differs(tx.init, (local.params,), in_axes=None))
     grads = jax.tree.map(lambda x: _stack(x, 0, workers), local.params)
     while True:
         state = _map_axes(lambda axis, x: _stack(x, axis, workers), axes, local)
-        found = result_axes(update, (state, grads), in_axes=(axes, 0), **common)
+        found = differs(update, (state, grads), in_axes=(axes, 0))
         joined = jax.tree.map(lambda a, b: b if a is None else a, axes, found, is_leaf=_is_none)
         if jax.tree.leaves(joined) == jax.tree.leaves(axes):
             return axes
@@ -170,14 +171,6 @@ def apply(
     """The updates that ``tx`` makes of ``grads``, and the state after them."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
     return updates, TrainState(optax.apply_updates(state.params, updates), opt_state)
-
-
-def automatic(mesh: Mesh | None) -> Mesh | None:
-    """The same mesh with every axis left to the partitioner."""
-    if mesh is None:
-        return None
-    types = (AxisType.Auto,) * len(mesh.axis_names)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=types)
 
 
 def _is_none(x: Any) -> bool:

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 from jaxopt_suite.parallel.meshes import BATCH_AXES
 
@@ -17,12 +17,12 @@ def place(tree: Any, shardings: Any) -> Any:
         process copies what its own devices hold.
       shardings: one for all, or a prefix tree.
     """
-    if isinstance(shardings, jax.sharding.Sharding):
+    if isinstance(shardings, Sharding):
         return jax.tree.map(lambda x: _place(x, shardings), tree)
     return jax.tree.map(_place, tree, shardings)
 
 
-def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+def _place(x: Any, sharding: Sharding) -> jax.Array:
     if isinstance(x, jax.Array) and x.sharding == sharding:
         return x
     if sharding.is_fully_addressable:

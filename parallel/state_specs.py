@@ -123,7 +123,8 @@ def _follow(
     is_stack = len(shape) > len(like)
     if not pairs or (is_stack and len(pairs) < len(like)):
         return None
-    entries, given = [()] * len(shape), layouts.entries_of(spec, len(like))
+    entries: list[tuple[str, ...]] = [()] * len(shape)
+    given = layouts.entries_of(spec, len(like))
     for i, j in pairs:
         entries[i] = given[j]
     return layouts.spec_of(entries)

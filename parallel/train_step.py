@@ -65,17 +65,19 @@ class TrainStep:
           The state. With a worker axis, what may differ between workers has a leading axis of size
           workers.
         """
-        if callable(params):
-            layout = self._prepare(jax.eval_shape(params))[0]
-            make = lambda: self._initial(layout, params())
-            return jax.jit(make, out_shardings=layout.state_shardings)()
-        layout = self._prepare(params)[0]
-        if self.mesh is not None:
-            params = place(params, self._shardings(layout.param_specs))
-        # An array that was merely passed through would be the caller's own, and the first step
-        # would donate it.
-        make = lambda p: self._initial(layout, jax.tree.map(jnp.copy, p))
-        return jax.jit(make, out_shardings=layout.state_shardings)(params)
+        make = params if callable(params) else None
+        layout = self.layout(params if make is None else jax.eval_shape(make))
+
+        def initial(*given: Any) -> TrainState:
+            # An array that was merely passed through would be the caller's own, and the first step
+            # would donate it.
+            own = jax.tree.map(jnp.copy, given[0]) if make is None else make()
+            return self._initial(layout, own)
+
+        if make is None and self.mesh is not None:
+            params = place(params, _shardings(self.mesh, layout.param_specs))
+        given = (params,) if make is None else ()
+        return jax.jit(initial, out_shardings=layout.state_shardings)(*given)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Takes one step. ``state`` is donated: its arrays are gone afterwards.
@@ -157,9 +159,6 @@ class TrainStep:
         """How every leaf of a batch is laid out; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.batch_spec)
 
-    def _shardings(self, specs: Any) -> Any:
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)
-
     def _prepare(self, params_like: Any) -> tuple[Layout, Any]:
         """The layout and the compiled step for parameters of these shapes and dtypes."""
         key = _signature(params_like)
@@ -208,31 +207,32 @@ class TrainStep:
         shardings = layout.state_shardings, self._replicated()
         state, metrics = self._on_mesh(one, shardings)(state, batch)
         if layout.device_state is not None:
-            state = state._replace(
-                opt_state=to_host(state.opt_state, layout.state_shardings.opt_state)
-            )
+            at_rest = jax.tree.map(lambda x: x.sharding, layout.abstract_state.opt_state)
+            state = state._replace(opt_state=to_host(state.opt_state, at_rest))
         return state, metrics
 
     def _on_mesh(self, fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
         """``fn`` traced with all axes left to the partitioner, whatever types the mesh has."""
-        if self.mesh is None:
+        mesh = self.mesh
+        if mesh is None:
             return fn
         explicit = tuple(
             name
-            for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
             if kind == AxisType.Explicit
         )
         if explicit:
             return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
 
         def in_context(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 return fn(*args)
 
         return in_context
 
     def _per_worker(self, fn: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
-        if self.placement.worker_axis is None:
+        axis_name = self.placement.worker_axis
+        if axis_name is None:
             return fn
 
         def mapped(*args: Any) -> Any:
@@ -240,7 +240,7 @@ class TrainStep:
             mesh = None if self.mesh is None else jax.sharding.get_abstract_mesh()
             run = map_workers(
                 fn,
-                axis_name=self.placement.worker_axis,
+                axis_name=axis_name,
                 mesh=mesh,
                 size=self.placement.workers,
                 in_axes=in_axes,
@@ -275,9 +275,9 @@ class TrainStep:
             # The one thing besides the optimizer's own that crosses between workers.
             local = jnp.stack([x.astype(loss.dtype) for x in (loss, *squares)])
             loss, *squares = jax.lax.pmean(vary(local, axis), axis)
-        norms = [jnp.sqrt(x) for x in squares]
-        finite = jnp.isfinite(loss) & jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
-        return Metrics(loss, *norms, finite)
+        grad_norm, update_norm = (jnp.sqrt(x) for x in squares)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        return Metrics(loss, grad_norm, update_norm, finite)
 
 
 def make_train_step(
@@ -355,6 +355,10 @@ def make_train_step(
         batch_spec=batch_spec,
         accumulate=accumulate,
     )
+
+
+def _shardings(mesh: Mesh, specs: Any) -> Any:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def _signature(tree: Any) -> Any:

@@ -66,7 +66,7 @@ def map_workers(
     fn: Callable[..., Any],
     *,
     axis_name: str,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
     size: int,
     in_axes: Axes,
     out_axes: Axes,

@@ -88,7 +88,8 @@ def provide_cpu_devices(config: LayoutConfig) -> None:
     """
     sizes = mesh_sizes(config)
     flags = os.environ.get("XLA_FLAGS", "")
-    said = jax.config.jax_num_cpu_devices >= 0 or "--xla_force_host_platform_device_count" in flags
+    number: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    said = number >= 0 or "--xla_force_host_platform_device_count" in flags
     if sizes is None or said:
         return
     with contextlib.suppress(RuntimeError):  # JAX has started: there are the devices there are

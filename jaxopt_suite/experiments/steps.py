@@ -19,8 +19,9 @@ from jaxopt_suite.experiments.config import FREE_ON_RESUME, LAYOUT, TrainConfig,
 from jaxopt_suite.experiments.schedules import learning_rate_schedule
 from jaxopt_suite.optimizers.registry import Recipe, registry
 from jaxopt_suite.parallel import wire
+from jaxopt_suite.parallel.layout import TrainState
 from jaxopt_suite.parallel.meshes import format_mesh
-from jaxopt_suite.parallel.train_step import Metrics, TrainState, TrainStep
+from jaxopt_suite.parallel.train_step import Metrics, TrainStep
 
 __all__ = ["Metrics", "Program", "TrainState", "build_program", "find_recipe"]
 

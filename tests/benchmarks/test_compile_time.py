@@ -11,8 +11,8 @@ from benchmarks.compile_time import __main__ as command
 from benchmarks.compile_time import steps
 from jaxopt_suite.experiments import model
 from jaxopt_suite.optimizers import registry
+from jaxopt_suite.parallel.layout import TrainState
 from jaxopt_suite.parallel.meshes import make_mesh
-from jaxopt_suite.parallel.train_step import TrainState
 
 TINY = model.ModelConfig(d_model=8, n_layers=2, n_heads=2, d_ff=16)
 
