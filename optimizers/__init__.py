@@ -1,6 +1,16 @@
 """Gradient transformations: optax-style, pure, one algorithm family a file."""
 
+from jaxopt_suite.optimizers.compression import compressors, feedback
+from jaxopt_suite.optimizers.compression.mean import CompressedMeanState, compressed_mean
+from jaxopt_suite.optimizers.demo import ScaleByDemoState, demo, scale_by_demo
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
+from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
+from jaxopt_suite.optimizers.onebit_adam import (
+    ScaleByOnebitAdamState,
+    onebit_adam,
+    scale_by_onebit_adam,
+)
+from jaxopt_suite.optimizers.powersgd import powersgd
 from jaxopt_suite.optimizers.registry import Paper, Recipe, registry
 from jaxopt_suite.optimizers.subset_norm import (
     ScaleBySubsetNormState,
@@ -14,20 +24,37 @@ from jaxopt_suite.optimizers.subspace_momentum import (
     adam_snsm,
     scale_by_subspace_momentum,
 )
+from jaxopt_suite.optimizers.terngrad import TerngradMeanState, terngrad, terngrad_mean
 
 __all__ = [
+    "CompressedMeanState",
     "Paper",
     "Recipe",
+    "ScaleByDemoState",
     "ScaleByGramsState",
+    "ScaleByOnebitAdamState",
     "ScaleBySubsetNormState",
     "ScaleBySubspaceMomentumState",
+    "TerngradMeanState",
     "adagrad_sn",
     "adam_sn",
     "adam_snsm",
+    "adamw_int8",
+    "compressed_mean",
+    "compressors",
+    "demo",
+    "feedback",
     "grams",
+    "intellect_int8",
+    "onebit_adam",
+    "powersgd",
     "registry",
     "rmsprop_sn",
+    "scale_by_demo",
     "scale_by_grams",
+    "scale_by_onebit_adam",
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
+    "terngrad",
+    "terngrad_mean",
 ]

@@ -13,7 +13,12 @@ import optax
 import optax.contrib
 
 from jaxopt_suite.optimizers import subset_norm, subspace_momentum
+from jaxopt_suite.optimizers.demo import demo
 from jaxopt_suite.optimizers.grams import grams
+from jaxopt_suite.optimizers.int8_mean import adamw_int8
+from jaxopt_suite.optimizers.onebit_adam import onebit_adam
+from jaxopt_suite.optimizers.powersgd import powersgd
+from jaxopt_suite.optimizers.terngrad import terngrad
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +39,15 @@ class Recipe:
       factory: ``factory(learning_rate, **hyperparameters)``, an optax-style constructor.
       learning_rate: peak rate tuned on the default task: the ``nano`` model on the standard
         library's sources, batch 16, sequence length 128, 200 steps
-        (``benchmarks/results/learning_rate_sweep.json``).
+        (``benchmarks/results/learning_rate_sweep.json``). Of recipes that communicate: a guess.
       defaults: hyperparameters that comparisons use in place of the factory's own defaults.
       paper: where the method is from.
       state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),
         r = rank clipped to what the matrix has; counters of one element are not counted.
       state_elements: the same as a function ``(m, n, **hyperparameters)``.
       peer: whether it is somebody else's, listed as a baseline.
-      communicates: whether it calls collectives; such a recipe takes ``axis_name``.
-      wire: what it sends per step.
+      communicates: whether it calls collectives; such a factory has an argument ``axis_name``.
+      wire: what a worker sends per step for an m-by-n matrix, in bytes; N workers.
       schedule: the learning-rate schedule it is meant for: ``"cosine"`` or ``"constant"``, both
         after a linear warm-up.
       eval_params: ``(opt_state, params) -> params``: where to evaluate, if not at the parameters
@@ -63,28 +68,34 @@ class Recipe:
     eval_params: Callable[[Any, Any], Any] | None = None
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The legal hyperparameters and their default values, the learning rate left out."""
+        """The legal hyperparameters and their default values; no learning rate, no axis name."""
         signature = inspect.signature(self.factory)
         own = {
             name: parameter.default
             for name, parameter in signature.parameters.items()
-            if name != "learning_rate"
+            if name not in ("learning_rate", "axis_name")
         }
         return own | dict(self.defaults)
 
     def make(
-        self, learning_rate: optax.ScalarOrSchedule, **hyperparameters: Any
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        *,
+        axis_name: str | None = None,
+        **hyperparameters: Any,
     ) -> optax.GradientTransformation:
         """Builds the transformation.
 
         Args:
           learning_rate: a number or a schedule.
+          axis_name: the workers' axis, for a recipe that communicates and for no other.
           **hyperparameters: any of ``self.hyperparameters()``.
 
         Raises:
-          ValueError: for a name the recipe does not have (the message lists the legal ones), or a
-            value the factory refuses.
+          ValueError: for a name the recipe does not have (the message lists the legal ones), a
+            value the factory refuses, or an axis name too few or too many.
         """
+        axis = self._axis(axis_name)
         legal = self.hyperparameters()
         for name in hyperparameters:
             if name not in legal:
@@ -92,7 +103,20 @@ class Recipe:
                     f"{self.name} has no hyperparameter {name!r}; "
                     f"it has: {', '.join(sorted(legal))}"
                 )
-        return self.factory(learning_rate, **{**self.defaults, **hyperparameters})
+        return self.factory(learning_rate, **{**axis, **self.defaults, **hyperparameters})
+
+    def _axis(self, axis_name: str | None) -> dict[str, str]:
+        if not self.communicates:
+            if axis_name is not None:
+                raise ValueError(f"{self.name} does not communicate, got axis_name={axis_name!r}")
+            return {}
+        if axis_name is None:
+            raise ValueError(
+                f"{self.name} communicates between workers: give it their axis_name, and run it "
+                "under parallel.run_workers(..., axis_name=...) or "
+                "parallel.make_train_step(..., worker_axis=...)"
+            )
+        return {"axis_name": axis_name}
 
 
 _SN = Paper(
@@ -193,6 +217,71 @@ def _ours() -> list[Recipe]:
     ]
 
 
+def _communicating() -> list[Recipe]:
+    communicating = functools.partial(Recipe, communicates=True)
+    return [
+        communicating(
+            name="adamw_int8",
+            factory=adamw_int8,
+            learning_rate=0.008,
+            paper=Paper("INTELLECT-1 Technical Report", "2412.01152", 2024),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+            wire="2mn (N-1)/N and scales",
+        ),
+        communicating(
+            name="onebit_adam",
+            factory=onebit_adam,
+            learning_rate=0.008,
+            defaults={"warmup_steps": 40, "variance_floor": 0.01},  # a fifth of 200 steps
+            paper=Paper(
+                "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence "
+                "Speed",
+                "2102.02888",
+                2021,
+            ),
+            state_formula="4mn",
+            state_elements=lambda m, n, **_: 4 * m * n,
+            wire="8mn (N-1)/N while warming up, then mn/4 (N-1)/N",
+        ),
+        communicating(
+            name="powersgd",
+            factory=powersgd,
+            learning_rate=0.08,
+            paper=Paper(
+                "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization",
+                "1905.13727",
+                2019,
+            ),
+            state_formula="2mn + rn",
+            state_elements=lambda m, n, *, rank=4, **_: 2 * m * n + min(rank, m, n) * n,
+            wire="8r(m+n) (N-1)/N",
+        ),
+        communicating(
+            name="terngrad",
+            factory=terngrad,
+            learning_rate=0.008,
+            paper=Paper(
+                "TernGrad: Ternary Gradients to Reduce Communication in Distributed Deep Learning",
+                "1705.07878",
+                2017,
+            ),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+            wire="3mn/4 (N-1)/N up to 7 workers, 5mn/4 (N-1)/N up to 127",
+        ),
+        communicating(
+            name="demo",
+            factory=demo,
+            learning_rate=0.002,
+            paper=Paper("DeMo: Decoupled Momentum Optimization", "2411.19870", 2024),
+            state_formula="mn",
+            state_elements=lambda m, n, **_: m * n,
+            wire="11mn/256 (N-1)",
+        ),
+    ]
+
+
 def _peers() -> list[Recipe]:
     peer = functools.partial(Recipe, peer=True)
     return [
@@ -272,5 +361,5 @@ def _peers() -> list[Recipe]:
 
 
 def registry() -> dict[str, Recipe]:
-    """Every public recipe by name: ours first, then the peers they are compared with."""
-    return {recipe.name: recipe for recipe in [*_ours(), *_peers()]}
+    """Every public recipe by name: ours, those of them that communicate last, then the peers."""
+    return {recipe.name: recipe for recipe in [*_ours(), *_communicating(), *_peers()]}

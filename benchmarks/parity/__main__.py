@@ -10,7 +10,10 @@ from benchmarks import _results
 from benchmarks.parity import (
     adam_snsm,
     compare,
+    demo,
     grams,
+    onebit_adam,
+    powersgd,
     reference,
     subset_norm,
     subspace_momentum,
@@ -20,7 +23,7 @@ from jaxopt_suite.core.errors import UserError
 
 METHODS = {
     module.METHOD.name: module.METHOD
-    for module in (grams, subset_norm, subspace_momentum, adam_snsm)
+    for module in (grams, subset_norm, subspace_momentum, adam_snsm, demo, onebit_adam, powersgd)
 }
 LIMIT = 1e-5  # float32 rounding over 25 steps, with a margin of about ten
 RESULTS = _results.RESULTS / "parity.json"

@@ -108,8 +108,8 @@ def measure_train_memory(names: Sequence[str], *, preset: str, steps: int) -> li
 
 
 def _choose(text: str | None) -> list[str]:
-    """The recipes asked for, in the registry's order; all of them by default."""
-    legal = list(registry())
+    """The recipes asked for, in the registry's order; all that one device can run by default."""
+    legal = [name for name, recipe in registry().items() if not recipe.communicates]
     if text is None:
         return legal
     names = [name.strip() for name in text.split(",")]

@@ -12,6 +12,7 @@ from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.assembly import (
     abstract_model,
     assemble_step,
+    axis_of,
     find_preset,
     mesh_sizes,
 )
@@ -72,13 +73,15 @@ def _entries(config: PlanConfig) -> list[Entry]:
     """The recipes named, with their settings."""
     for name in config.names():
         find_recipe(name)
-    return entries(CompareConfig(optimizers=",".join(config.names()), set=config.set))
+    names = ",".join(config.names())
+    return entries(CompareConfig(optimizers=names, set=config.set, mesh=config.mesh))
 
 
 def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, int]) -> Plan:
     sizes = find_preset(config.preset)
     graphdef, params = abstract_model(sizes, config)
-    optimizer = entry.recipe.make(entry.rate.value, **entry.settings)
+    axis = axis_of(entry.recipe, config)
+    optimizer = entry.recipe.make(entry.rate.value, **axis, **entry.settings)
 
     def make_step(mesh: Mesh) -> TrainStep:
         return assemble_step(

@@ -17,6 +17,7 @@ from jaxopt_suite.testing import points_wrappers as on_wrappers
 from jaxopt_suite.testing.cases import Case
 from jaxopt_suite.testing.report import ContractReport, Failure, PointResult, Status
 from jaxopt_suite.testing.subject import Crashed, Subject
+from jaxopt_suite.testing.workers import as_only_worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def check_transformation(
     static_args: Iterable[str] = (),
     bad_arguments: Iterable[Mapping[str, Any]] = (),
     extra_args: Mapping[str, Any] | None = None,
+    axis_name: str | None = None,
     checks: Iterable[str] | None = None,
     rtol: float = 1e-5,
 ) -> ContractReport:
@@ -128,6 +130,8 @@ def check_transformation(
         signature shows to be an int, a str, a bool or a callable.
       bad_arguments: keyword arguments the factory must refuse, such as ``[{"b1": 1.5}]``.
       extra_args: keyword arguments that every ``update`` needs, such as ``{"value": 1.0}``.
+      axis_name: the axis over which the transformation communicates, if it does: it is then run as
+        the only worker. The factory gets its own axis name, if it wants one, like any argument.
       checks: names of the points to check; ``None`` means all that are not optional.
       rtol: tolerance of float32 comparisons, relative to each leaf's largest magnitude. Methods
         that amplify rounding (SVD, then Adam) need more than the default.
@@ -143,7 +147,7 @@ def check_transformation(
         raise TypeError(f"make_tx must be a callable such as optax.adamw, got {make_tx!r}")
     points = _chosen(checks)
     subject = Subject(
-        make_tx,
+        make_tx if axis_name is None else as_only_worker(make_tx, axis_name),
         learning_rate=learning_rate,
         static_args=static_args,
         bad_arguments=bad_arguments,

@@ -13,12 +13,28 @@ from jaxopt_suite import optimizers, testing
 # Small enough that a 3-by-4 matrix is projected, factored and refreshed within three steps.
 SMALL = {"rank": 2, "refresh_every": 2, "update_proj_gap": 2, "min_dim_size_to_factor": 2}
 
+# Of those that communicate: every leaf is compressed, and the second of three steps already so.
+COMPRESSED = {"dense": lambda path, leaf: False, "warmup_steps": 1}
+AXIS = "worker"
+
 BAD: dict[str, list[dict[str, Any]]] = {
     "grams": [{"b1": 1.5}, {"b2": -0.1}, {"eps": -1.0}, {"weight_decay": -0.5}],
     "adam_sn": [{"b1": 1.5}, {"b2": 1.5}, {"eps": -1.0}, {"subset": "columns"}],
     "rmsprop_sn": [{"eps": -1.0}, {"subset": "columns"}],
     "adagrad_sn": [{"eps": -1.0}, {"subset": "columns"}],
     "adam_snsm": [{"rank": 0}, {"refresh_every": 0}, {"projection": "qr"}, {"b1": 1.5}],
+    "adamw_int8": [{"b1": 1.5}, {"eps": -1.0}, {"quantiser": "int4"}, {"weight_decay": -0.5}],
+    "onebit_adam": [
+        {"b1": 1.5},
+        {"eps": -1.0},
+        {"warmup_steps": 0},
+        {"variance_ratio": 0.0},
+        {"variance_interval": 10},
+        {"variance_floor": -1.0},
+    ],
+    "powersgd": [{"rank": 0}, {"momentum": 1.0}, {"form": "nag"}, {"warmup_steps": -1}],
+    "terngrad": [{"b1": 1.5}, {"eps": -1.0}, {"clip": 0.0}],
+    "demo": [{"decay": 1.0}, {"k": 0}, {"alpha": 0.0}, {"mean": "all"}, {"weight_decay": -0.5}],
 }
 
 _UNCHECKED = {
@@ -35,6 +51,9 @@ _PRODUCTS = {"products_are_batched": "a product or more per leaf, nothing is sta
 KNOWN: dict[str, dict[str, str]] = {
     "adam_snsm": {
         "products_are_batched": "one product each way per leaf: stacking is slower (docs/design.md)"
+    },
+    "onebit_adam": {
+        "survives_float16_extremes": "frozen at 1e-7, the second moment makes a gradient of 1 huge"
     },
     "adamw": _OPTAX | _EPS,
     "lion": _OPTAX,
@@ -67,12 +86,15 @@ RTOL = {
 @pytest.mark.parametrize("name", optimizers.registry())
 def test_every_recipe_keeps_the_contract_but_for_what_is_listed(name: str) -> None:
     recipe = optimizers.registry()[name]
-    small = {key: SMALL[key] for key in recipe.hyperparameters() if key in SMALL}
+    options = SMALL | COMPRESSED if recipe.communicates else SMALL
+    small = {key: options[key] for key in recipe.hyperparameters() if key in options}
+    axis = {"axis_name": AXIS} if recipe.communicates else {}
     # recipe.make hides the signature behind **hyperparameters; this is what it calls.
-    make_tx = functools.partial(recipe.factory, **{**recipe.defaults, **small})
+    make_tx = functools.partial(recipe.factory, **{**axis, **recipe.defaults, **small})
     report = testing.check_transformation(
         make_tx,
         bad_arguments=BAD.get(name, []),
+        axis_name=axis.get("axis_name"),
         checks=testing.contract_points(),
         rtol=RTOL.get(name, 1e-5),
     )

@@ -9,15 +9,21 @@ import jax.numpy as jnp
 import pytest
 
 from jaxopt_suite import core, optimizers
+from jaxopt_suite.testing.workers import as_only_worker
 
 RECIPES = optimizers.registry()
 SHAPES = [(200, 130), (130, 200), (150, 150)]
 
 
+def make(recipe, rate=0.1, **hyperparameters):
+    axis = {"axis_name": "worker"} if recipe.communicates else {}
+    return recipe.make(rate, **axis, **hyperparameters)
+
+
 def stored(recipe, m, n, **hyperparameters):
     """Array elements and bytes of the state for one matrix, counters of one element left out."""
     like = {"w": jax.ShapeDtypeStruct((m, n), jnp.float32)}
-    state = jax.eval_shape(recipe.make(0.1, **hyperparameters).init, like)
+    state = jax.eval_shape(make(recipe, **hyperparameters).init, like)
     leaves = [x for x in jax.tree.leaves(state) if x.shape]
     counters = [x for x in jax.tree.leaves(state) if not x.shape]
     return sum(math.prod(x.shape) for x in leaves), core.tree_bytes(leaves), counters
@@ -42,6 +48,8 @@ def test_state_is_exactly_what_the_formula_says(name):
         ("adam_snsm", {"projection": "top_rows", "rank": 140}),
         ("adam_snsm", {"projection": "uniform_rows", "subset": 10}),
         ("adam_snsm", {"projection": "approx_svd", "rank": 1000}),
+        ("powersgd", {"rank": 1}),
+        ("powersgd", {"rank": 30, "warmup_steps": 10}),
     ],
 )
 def test_formulas_follow_the_hyperparameters(name, hyperparameters):
@@ -65,30 +73,35 @@ def test_the_published_example_of_512_by_1376_at_rank_128():
 def test_the_formula_in_words_is_the_formula_in_code(name):
     recipe = RECIPES[name]
     m, n = 200, 130
-    names = {"m": m, "n": n, "a": min(m, n), "b": max(m, n), "r": 32}
+    rank = recipe.hyperparameters().get("rank")
+    names = {"m": m, "n": n, "a": min(m, n), "b": max(m, n), "r": rank}
     product = re.sub(r"(?<=[0-9a-z])(?=[a-z])", "*", recipe.state_formula)
     assert eval(product, {}, names) == recipe.state_elements(m, n, **recipe.hyperparameters())
 
 
-def test_our_counters_are_int32_scalars():
+def test_our_counters_are_int32_scalars_beside_flags():
     for name, recipe in RECIPES.items():
         if not recipe.peer:
             counters = stored(recipe, 6, 4)[2]
             assert counters, name
-            assert all(c.dtype == jnp.int32 for c in counters), name
+            flags = [c for c in counters if c.dtype == bool]
+            assert all(c.dtype == jnp.int32 for c in counters if c.dtype != bool), name
+            assert len(flags) < len(counters)
 
 
 def test_names_rates_and_papers_are_in_order():
     ours = [n for n, r in RECIPES.items() if not r.peer]
     peers = [n for n, r in RECIPES.items() if r.peer]
-    assert ours == ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
+    alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
+    together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
+    assert ours == alone + together
     assert peers == ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free", "galore"]
     for name, recipe in RECIPES.items():
         assert recipe.name == name
         assert recipe.learning_rate > 0
         assert recipe.schedule in ("cosine", "constant")
-        assert not recipe.communicates
-        assert recipe.wire == "nothing"
+        assert recipe.communicates == (name in together)
+        assert (recipe.wire == "nothing") == (not recipe.communicates)
         assert recipe.paper.title
         assert 2010 < recipe.paper.year < 2030
         assert re.fullmatch(r"(\d{4}\.\d{5}|)", recipe.paper.arxiv) or recipe.paper.arxiv < "1501"
@@ -110,12 +123,32 @@ def test_an_unknown_hyperparameter_is_refused_with_the_legal_ones():
         RECIPES["grams"].make(0.1, beta2=0.95)
 
 
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.communicates])
+def test_a_recipe_that_communicates_asks_for_the_name_of_its_axis(name):
+    recipe = RECIPES[name]
+    assert "axis_name" not in recipe.hyperparameters()
+    with pytest.raises(ValueError, match=rf"{name} communicates .* axis_name, .*make_train_step"):
+        recipe.make(0.1)
+    params = {"w": jnp.ones((40, 40))}
+    tx = recipe.make(0.1, axis_name="island")
+    with pytest.raises(ValueError, match="axis_name='island', which is not bound"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_a_recipe_that_does_not_communicate_refuses_an_axis():
+    with pytest.raises(ValueError, match="adamw does not communicate, got axis_name='worker'"):
+        RECIPES["adamw"].make(0.1, axis_name="worker")
+
+
 def test_a_recipe_follows_a_schedule():
     params = {"w": jnp.ones((3, 2))}
     for name, recipe in RECIPES.items():
         if name == "schedule_free":  # takes a schedule, but its first step has weight zero there
             continue
-        tx = recipe.make(lambda count: jnp.where(count == 0, 0.0, 0.1))
+        rate = lambda count: jnp.where(count == 0, 0.0, 0.1)
+        tx = make(recipe, rate)
+        if recipe.communicates:
+            tx = as_only_worker(lambda tx=tx: tx, "worker")()
         state = tx.init(params)
         first, state = tx.update(params, state, params)
         second, _ = tx.update(params, state, params)

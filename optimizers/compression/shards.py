@@ -1,0 +1,58 @@
+"""Running a link on what each device holds: one ``shard_map`` over all axes but the workers'."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+Path = tuple[Any, ...]
+
+
+def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec uses, in the order of the dimensions."""
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+    return tuple(axis for entry in entries for axis in entry)
+
+
+def automatic_axes(axis_name: str) -> tuple[str, ...]:
+    """The mesh axes around ``axis_name`` that are left to the partitioner; none under ``vmap``."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis_name not in mesh.manual_axes:
+        return ()
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+
+
+def aligned_specs(paths: Sequence[Path], param_specs: Any) -> list[PartitionSpec]:
+    """The spec of each leaf, by path: a wrapper may have left other leaves out of the updates.
+
+    Raises:
+      ValueError: if there is none for a leaf.
+    """
+    is_spec = lambda x: x is None or isinstance(x, PartitionSpec)
+    given = jax.tree_util.tree_leaves_with_path(param_specs, is_leaf=is_spec)
+    by_path = {path: PartitionSpec() if spec is None else spec for path, spec in given}
+    for path in paths:
+        if path not in by_path:
+            legal = ", ".join(jax.tree_util.keystr(p) for p in by_path) or "none"
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"param_specs has no PartitionSpec for {where}; it has: {legal}")
+    return [by_path[path] for path in paths]
+
+
+def run_on_shards(
+    fn: Callable[..., Any], args: Any, specs: Any, *, like: int, axes: tuple[str, ...]
+) -> Any:
+    """``fn(*args)`` on each device's parts of the arguments.
+
+    Args:
+      fn: takes and returns pytrees of arrays.
+      args: its arguments, whole.
+      specs: their layouts, a tree like ``args``.
+      like: the argument whose structure and layouts the result has.
+      axes: over which they lie. None: ``fn`` is simply called.
+    """
+    if not axes:
+        return fn(*args)
+    run = jax.shard_map(fn, in_specs=specs, out_specs=specs[like], axis_names=set(axes))
+    return run(*args)
