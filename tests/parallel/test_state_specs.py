@@ -348,7 +348,7 @@ def test_parameters_that_lie_on_an_explicit_mesh_get_the_same_specs(name):
 
 _shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 16]), max_size=4).map(tuple)
 _axes = st.sampled_from(
-    [None, "data", "fsdp", "model", ("data", "model"), ("fsdp", "data", "model")]
+    [None, "data", "fsdp", "model", ("data", "model"), ("data", "fsdp", "model")]
 )
 
 
