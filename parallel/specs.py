@@ -69,7 +69,8 @@ def check_specs(
     Raises:
       ValueError: if a spec names an axis that the mesh does not have, an axis twice or the worker
         axis, has more entries than the array has dimensions, splits a dimension into parts of
-        unequal size, or by axes in another order than the mesh has them. The message has the parameter's path, its spec and shape, and the mesh.
+        unequal size, or by axes in another order than that of the mesh. The message has the
+        parameter's path, its spec and shape, and the mesh.
       TypeError: as ``broadcast_specs``.
     """
     for path, leaf, spec in with_specs(params_like, specs):

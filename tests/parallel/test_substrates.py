@@ -97,7 +97,7 @@ def precision(dtype: str) -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-# A case takes seconds, and there are many. Float64 shows to 1e-10 that the programs are the same; in
+# A case takes seconds, and there are many. Float64 shows to 1e-10 that programs are the same; in
 # float32 an elementwise, a factored, an orthogonalised and a projected update stand for all.
 IN_FLOAT32 = ("clipped adamw", "adafactor", "muon", "adam_snsm")
 CASES = [
