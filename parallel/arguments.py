@@ -45,6 +45,13 @@ def check_axes(
             f"shard_state_over={over} holds the worker axis {worker_axis!r}, whose workers keep "
             "state of their own"
         )
+    rest = [n for n in mesh.axis_names if n not in (worker_axis, *over) and mesh.shape[n] > 1]
+    if worker_axis is not None and over and rest:
+        # XLA's partitioner (JAX 0.10.2) ends the process on such programs.
+        raise ValueError(
+            f"shard_state_over={over} beside {worker_axis=} takes a mesh of no other axes, and "
+            f"this one has {', '.join(map(repr, rest))}: leave one of the three out"
+        )
     size = None if worker_axis is None else mesh.shape[worker_axis]
     if workers not in (None, size):
         raise ValueError(f"{workers=}, but the mesh has {size} for {worker_axis=}")

@@ -138,7 +138,7 @@ VARIANTS = {
     "explicit workers": ("worker=4,model=2", {"axis_types": AxisType.Explicit}),
     "explicit workers alone": ("worker=4", {"axis_types": AxisType.Explicit}),
     "all of it": (
-        "worker=2,data=2,model=2",
+        "worker=2,data=4",
         {
             "axis_types": AxisType.Explicit,
             "shard_state_over": ("data",),
@@ -149,6 +149,11 @@ VARIANTS = {
     ),
     "a scan over layers": ("data=2,fsdp=2,model=2", {"build": (("scan_layers", True),)}),
 }
+
+
+def test_zero_beside_workers_and_a_third_axis_is_refused():
+    with pytest.raises(ValueError, match=r"no other axes, and this one has 'model'"):
+        train("adamw", "float32", "worker=2,data=2,model=2", shard_state_over=("data",))
 
 
 @pytest.mark.parametrize(
