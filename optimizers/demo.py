@@ -13,15 +13,12 @@ from jax.sharding import PartitionSpec
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import any_worker, bound_axis_size
 from jaxopt_suite.optimizers import _common
+from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.coefficients import Coefficients, Mean
 from jaxopt_suite.optimizers.compression.dct import dct_top_k
 from jaxopt_suite.optimizers.compression.exchange import Exchanged, mean_of_buffer
 from jaxopt_suite.optimizers.compression.mean import DenseRule, default_dense
-from jaxopt_suite.optimizers.compression.shards import (
-    aligned_specs,
-    automatic_axes,
-    run_on_shards,
-)
+from jaxopt_suite.optimizers.compression.shards import layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression.sparse import ValueName
 
 Phi = Literal["sign", "identity"]
@@ -188,8 +185,7 @@ class _Link:
         momenta = structure.flatten_up_to(state.momentum)
         leaves = [_Leaf(*pair) for pair in zip(gradients, momenta, strict=True)]
 
-        axes = () if param_specs is None else automatic_axes(self.axis_name)
-        specs = aligned_specs(paths, param_specs) if axes else [PartitionSpec()] * len(paths)
+        axes, specs = layout_of(paths, param_specs, self.axis_name)
         layouts = [_Leaf(spec, spec) for spec in specs]
         whole = [self.dense(path, x) or x.size == 0 for path, x in with_paths]
         leaves = run_on_shards(
@@ -197,7 +193,7 @@ class _Link:
             (leaves, self._factors(state.count)),
             (layouts, PartitionSpec()),
             like=0,
-            axes=axes if leaves else (),
+            axes=axes,
         )
         result, momentum = (structure.unflatten([leaf[i] for leaf in leaves]) for i in (0, 1))
         return result, ScaleByDemoState(optax.safe_increment(state.count), momentum)
@@ -244,14 +240,11 @@ class _Link:
         averaged = mean_of_buffer([messages[i] for i in dense], self.axis_name)
         for i, x in zip(dense, averaged, strict=True):
             result.mean[i] = x
-        groups: dict[Any, list[int]] = {}
-        for i, flag in enumerate(whole):
-            if not flag:
-                groups.setdefault(core.varying_axes(messages[i]), []).append(i)
-        for members in groups.values():
-            done = self.coefficients.exchange([messages[i] for i in members])
-            for i, mean, own in zip(members, *done, strict=True):
-                result.mean[i], result.sent[i] = mean, own
+        exchange = lambda members: list(zip(*self.coefficients.exchange(members), strict=True))
+        coded = [i for i, flag in enumerate(whole) if not flag]
+        done = pieces.by_axes(exchange, [messages[i] for i in coded], self.axis_name)
+        for i, (mean, own) in zip(coded, done, strict=True):
+            result.mean[i], result.sent[i] = mean, own
         return result
 
 

@@ -17,11 +17,7 @@ from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.exchange import mean_of_buffer
 from jaxopt_suite.optimizers.compression.mean import DenseRule, default_dense
 from jaxopt_suite.optimizers.compression.packing import pack
-from jaxopt_suite.optimizers.compression.shards import (
-    aligned_specs,
-    automatic_axes,
-    run_on_shards,
-)
+from jaxopt_suite.optimizers.compression.shards import layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression.signs import SignPayload, sign
 
 _BITS = sign("l2")
@@ -240,8 +236,7 @@ class _Link:
         leaves = [_Leaf(*row) for row in zip(gradients, *columns, strict=True)]
         dense = [self._is_dense(path, x) for path, x in with_paths]
 
-        axes = () if param_specs is None else automatic_axes(self.axis_name)
-        specs = aligned_specs(paths, param_specs) if axes else [PartitionSpec()] * len(paths)
+        axes, specs = layout_of(paths, param_specs, self.axis_name)
         layouts = [
             jax.tree.map(lambda _, spec=spec: spec, leaf)
             for leaf, spec in zip(leaves, specs, strict=True)
@@ -251,7 +246,7 @@ class _Link:
             ((leaves, state.compressed),),
             ((layouts, PartitionSpec()),),
             like=0,
-            axes=axes if leaves else (),
+            axes=axes,
         )
         trees = [structure.unflatten([leaf[i] for leaf in leaves]) for i in range(1, 5)]
         new = self._counted(state, dense, *trees)

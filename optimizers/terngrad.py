@@ -17,13 +17,7 @@ from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.exchange import mean_of_buffer
 from jaxopt_suite.optimizers.compression.mean import DenseRule, default_dense
 from jaxopt_suite.optimizers.compression.packing import Width, pack, unpack
-from jaxopt_suite.optimizers.compression.shards import (
-    Path,
-    aligned_specs,
-    automatic_axes,
-    axes_of,
-    run_on_shards,
-)
+from jaxopt_suite.optimizers.compression.shards import Path, keys_of_parts, layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression.signs import (
     pack_ternary,
     ternary,
@@ -134,15 +128,14 @@ class _Link:
         bound_axis_size(self.axis_name, "terngrad")
         with_paths, structure = jax.tree_util.tree_flatten_with_path(updates)
         paths, leaves = [path for path, _ in with_paths], [x for _, x in with_paths]
-        axes = () if param_specs is None else automatic_axes(self.axis_name)
-        specs = aligned_specs(paths, param_specs) if axes else [PartitionSpec()] * len(paths)
+        axes, specs = layout_of(paths, param_specs, self.axis_name)
         dense = [x.size == 0 or self.dense(path, x) for path, x in with_paths]
         means = run_on_shards(
             functools.partial(self._means, paths, dense, specs),
             (leaves, state.count),
             (specs, PartitionSpec()),
             like=0,
-            axes=axes if leaves else (),
+            axes=axes,
         )
         return structure.unflatten(means), TerngradMeanState(optax.safe_increment(state.count))
 
@@ -174,10 +167,7 @@ class _Link:
     ) -> list[jax.Array]:
         """A random key for each leaf: another on every worker, and for every part of the leaf."""
         keys = core.leaf_keys(self.seed, paths, count, jax.lax.axis_index(self.axis_name))
-        return [
-            jax.random.fold_in(key, jax.lax.axis_index(axes_of(spec))) if axes_of(spec) else key
-            for key, spec in zip(keys, specs, strict=True)
-        ]
+        return keys_of_parts(keys, specs)
 
 
 def _ternary_means(

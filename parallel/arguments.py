@@ -1,6 +1,5 @@
 """What ``make_train_step`` is given, checked against the mesh and completed."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxopt_suite.core.checks import check_int
 from jaxopt_suite.parallel.meshes import BATCH_AXES
+from jaxopt_suite.parallel.specs import entries_of, parts
 
 
 def check_meshless(worker_axis: str | None, workers: int | None, **of_a_mesh: Any) -> None:
@@ -80,7 +80,7 @@ def full_batch_spec(
     """
     if batch_spec is None:
         batch_spec = PartitionSpec(tuple(name for name in mesh.axis_names if name in BATCH_AXES))
-    entries = [_names(entry) for entry in batch_spec] or [()]
+    entries = entries_of(batch_spec, 1)
     check_names("batch_spec", (name for entry in entries for name in entry), mesh)
     if worker_axis is not None:
         entries[0] = (worker_axis, *(name for name in entries[0] if name != worker_axis))
@@ -89,11 +89,4 @@ def full_batch_spec(
 
 def batch_shards(mesh: Mesh, batch_spec: PartitionSpec) -> int:
     """Number of parts that the first axis of a batch is split into."""
-    return math.prod(mesh.shape[name] for name in _names(batch_spec[0]))
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of one entry of a PartitionSpec."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    return parts(mesh, entries_of(batch_spec, 1)[0])

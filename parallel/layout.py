@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxopt_suite.parallel.offload import host_shardings
 from jaxopt_suite.parallel.specs import broadcast_specs, check_specs, zero_specs
 from jaxopt_suite.parallel.state_specs import state_specs
-from jaxopt_suite.parallel.workers import Axes, result_axes
+from jaxopt_suite.parallel.workers import map_axes, result_axes
 
 
 class TrainState(NamedTuple):
@@ -111,16 +111,14 @@ class Placement:
         )
 
     def _stacked(self, local: TrainState, axes: TrainState) -> TrainState:
-        return _map_axes(lambda axis, x: _stack(x, axis, self.workers), axes, local)
+        return map_axes(lambda axis, x: _stack(x, axis, self.workers), axes, local)
 
     def _shardings(self, mesh: Mesh, specs: TrainState, axes: TrainState) -> TrainState:
-        def sharding(axis: int | None, spec: PartitionSpec | None) -> NamedSharding | None:
-            if spec is None:  # no leaf here, but a None in the tree
-                return None
+        def sharding(axis: int | None, spec: PartitionSpec) -> NamedSharding:
             own = () if axis is None else (self.worker_axis,)
             return NamedSharding(mesh, PartitionSpec(*own, *spec))
 
-        return _map_axes(sharding, axes, specs)
+        return map_axes(sharding, axes, specs)
 
 
 def state_axes(
@@ -157,7 +155,7 @@ def state_axes(
     axes = TrainState(shared, differs(tx.init, (local.params,), in_axes=None))
     grads = jax.tree.map(lambda x: _stack(x, 0, workers), local.params)
     while True:
-        state = _map_axes(lambda axis, x: _stack(x, axis, workers), axes, local)
+        state = map_axes(lambda axis, x: _stack(x, axis, workers), axes, local)
         found = differs(update, (state, grads), in_axes=(axes, 0))
         joined = jax.tree.map(lambda a, b: b if a is None else a, axes, found, is_leaf=_is_none)
         if jax.tree.leaves(joined) == jax.tree.leaves(axes):
@@ -175,10 +173,6 @@ def apply(
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _map_axes(fn: Any, axes: Axes, tree: Any) -> Any:
-    return jax.tree.map(fn, axes, tree, is_leaf=_is_none)
 
 
 def _stack(x: jax.ShapeDtypeStruct, axis: int | None, workers: int) -> jax.ShapeDtypeStruct:

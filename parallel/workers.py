@@ -86,8 +86,8 @@ def map_workers(
         return jax.vmap(fn, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name, axis_size=size)
 
     def local(*args: Any) -> Any:
-        out = fn(*_map_axes(lambda axis, x: x if axis is None else x[0], in_axes, args))
-        return _map_axes(
+        out = fn(*map_axes(lambda axis, x: x if axis is None else x[0], in_axes, args))
+        return map_axes(
             lambda axis, x: x if axis is None else vary(jnp.asarray(x), axis_name)[None],
             out_axes,
             out,
@@ -152,7 +152,7 @@ def count_workers(
                 raise ValueError(f"an argument mapped over workers needs a leading axis, got {x}")
             counts[f"an argument of shape {x.shape}"] = x.shape[0]
 
-    _map_axes(count, in_axes, args)
+    map_axes(count, in_axes, args)
     if len(set(counts.values())) != 1:
         found = ", ".join(f"{where}: {n}" for where, n in counts.items()) or "nothing to tell it by"
         raise ValueError(f"the number of workers must be one and the same, got {found}")
@@ -169,8 +169,11 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _map_axes(fn: Callable[[int | None, Any], Any], axes: Axes, tree: Any) -> Any:
-    """``fn(axis, leaf)`` for every leaf, where ``axes`` is a prefix of ``tree``."""
+def map_axes(fn: Callable[[int | None, Any], Any], axes: Axes, tree: Any) -> Any:
+    """``fn(axis, leaf)`` for every leaf of ``tree``, of which ``axes`` is a prefix.
+
+    None in ``axes`` is an axis, None in ``tree`` no leaf.
+    """
     return jax.tree.map(
         lambda axis, sub: jax.tree.map(lambda x: fn(axis, x), sub), axes, tree, is_leaf=_is_none
     )

@@ -22,6 +22,7 @@ from jaxopt_suite.parallel import wire
 from jaxopt_suite.parallel.layout import TrainState
 from jaxopt_suite.parallel.meshes import format_mesh
 from jaxopt_suite.parallel.train_step import Metrics, TrainStep
+from jaxopt_suite.parallel.workers import map_axes
 
 __all__ = ["Metrics", "Program", "TrainState", "build_program", "find_recipe"]
 
@@ -110,11 +111,10 @@ class Program:
 
     def _evaluate(self, state: TrainState, tokens: jax.Array) -> jax.Array:
         # Workers whose parameters differ are judged by what they would agree on.
-        state = jax.tree.map(
+        state = map_axes(
             lambda axis, x: x if axis is None else jnp.mean(x, axis=0).astype(x.dtype),
             self.train_step.layout(self.abstract_params).axes,
             state,
-            is_leaf=lambda axis: axis is None,
         )
         params = self.eval_params(state.opt_state[1], state.params)
         return model.loss_fn(self.graphdef, params, tokens)

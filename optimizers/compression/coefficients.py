@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_suite import core
-from jaxopt_suite.core.collectives import gather_equal
+from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.dct import (
     Grid,
     chunk_grid,
@@ -18,7 +18,7 @@ from jaxopt_suite.optimizers.compression.dct import (
     inverse_dct,
     to_chunks,
 )
-from jaxopt_suite.optimizers.compression.exchange import Exchanged, from_bytes, to_bytes
+from jaxopt_suite.optimizers.compression.exchange import Exchanged
 from jaxopt_suite.optimizers.compression.sparse import (
     SparsePayload,
     ValueName,
@@ -68,8 +68,8 @@ class Coefficients:
             chunks = jnp.concatenate([to_chunks(messages[i], grids[i]) for i in members])
             rows.append(dct(chunks).reshape(-1, math.prod(sides)))
             payloads.append(pack_largest(rows[-1], self._kept(rows[-1]), self.values))
-        received = gather_equal(to_bytes(payloads), self.axis_name)
-        means = self._means(received, payloads, rows)
+        (received,) = pieces.to_all([payloads], self.axis_name)
+        means = self._means(received, rows)
         sent = [
             scatter(payload, len(r), r.shape[1], self._kept(r))
             for payload, r in zip(payloads, rows, strict=True)
@@ -87,13 +87,13 @@ class Coefficients:
         return min(self.k, rows.shape[1])
 
     def _means(
-        self, received: jax.Array, payloads: Sequence[SparsePayload], rows: Sequence[jax.Array]
+        self, received: Sequence[SparsePayload], rows: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """Means of coefficients, one worker's message added after the other."""
 
-        def add(sums: Any, message: jax.Array) -> tuple[Any, None]:
+        def add(sums: Any, message: Sequence[SparsePayload]) -> tuple[Any, None]:
             result = []
-            for (total, senders), payload in zip(sums, from_bytes(message, payloads), strict=True):
+            for (total, senders), payload in zip(sums, message, strict=True):
                 count, length = total.shape
                 sent, indices = unpack_largest(payload, count, length, self._kept(total))
                 at = jnp.arange(count, dtype=jnp.int32)[:, None], indices
@@ -106,10 +106,10 @@ class Coefficients:
             return result, None
 
         zeros = [(jnp.zeros(r.shape, jnp.float32), jnp.zeros(r.shape, jnp.int32)) for r in rows]
-        zeros = core.vary(zeros, tuple(core.varying_axes(received)))
+        zeros = core.vary(zeros, tuple(pieces.axes_of_tree(received)))
         sums, _ = jax.lax.scan(add, zeros, received)
         if self.mean == "workers":
-            return [total / len(received) for total, _ in sums]
+            return [total / jax.lax.axis_size(self.axis_name) for total, _ in sums]
         return [total / jnp.maximum(senders, 1) for total, senders in sums]
 
 

@@ -26,12 +26,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_suite import core
-from jaxopt_suite.core.collectives import gather_equal
+from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.compressor import Compressor
 
 EXCHANGES = ("auto", "mean", "gather", "two_phase")
 
-_LINE = 128
 
 _Arrays = Sequence[jax.Array]
 
@@ -109,7 +108,7 @@ def sent_bytes(
     if exchange == "gather":
         return float(others * compressor.nbytes(shape))
     if exchange == "two_phase":
-        piece = piece_length(size, workers, compressor.block)
+        piece = pieces.piece_length(size, workers, compressor.block)
         return float(2 * others * compressor.nbytes((piece,)))
     return 2 * others / workers * (4 * size if exchange == "dense" else compressor.nbytes(shape))
 
@@ -117,11 +116,6 @@ def sent_bytes(
 def sends_factors(compressor: Compressor, exchange: str) -> bool:
     """Whether this is PowerSGD, which has rounds of its own (``powersgd_rounds``)."""
     return compressor.name == "low_rank" and exchange == "auto"
-
-
-def piece_length(size: int, workers: int, block: int) -> int:
-    """Elements in each worker's piece of a message: whole blocks, the last padded with zeros."""
-    return -(-size // (workers * block)) * block
 
 
 def exchange_messages(
@@ -161,18 +155,16 @@ def exchange_messages(
 
 def mean_of_buffer(arrays: _Arrays, axis_name: str) -> list[jax.Array]:
     """Means of float32 arrays over workers: one all-reduce for all that lie over the same axes."""
-    groups: dict[Any, list[int]] = {}
-    arrays = [core.vary(x, axis_name) for x in arrays]
-    for i, x in enumerate(arrays):
-        groups.setdefault(core.varying_axes(x), []).append(i)
-    means: list[Any] = [None] * len(arrays)
-    for members in groups.values():
-        flat = jnp.concatenate([arrays[i].astype(jnp.float32).ravel() for i in members])
-        rest = jax.lax.pmean(flat, axis_name)
-        for i in members:
-            size = arrays[i].size
-            means[i], rest = rest[:size].reshape(arrays[i].shape), rest[size:]
-    return means
+
+    def mean(members: list[jax.Array]) -> list[jax.Array]:
+        flat = jnp.concatenate([x.astype(jnp.float32).ravel() for x in members])
+        rest, means = jax.lax.pmean(flat, axis_name), []
+        for x in members:
+            means.append(rest[: x.size].reshape(x.shape))
+            rest = rest[x.size :]
+        return means
+
+    return pieces.by_axes(mean, arrays, axis_name)
 
 
 def _dense(compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name: str) -> Exchanged:
@@ -192,8 +184,8 @@ def _linear(compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name:
 def _gather(compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name: str) -> Exchanged:
     payloads = [compressor.encode(x, key) for x, key in zip(messages, keys, strict=True)]
     travelling, put_back = _travelling(compressor, payloads)
-    rows = gather_equal(to_bytes(travelling), axis_name)
-    decode = lambda row: _decode_all(compressor, put_back(from_bytes(row, travelling)), messages)
+    (rows,) = pieces.to_all([travelling], axis_name)
+    decode = lambda row: _decode_all(compressor, put_back(row), messages)
     return Exchanged(_mean_of_rows(decode, rows), _decode_all(compressor, payloads, messages))
 
 
@@ -201,77 +193,47 @@ def _two_phase(
     compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name: str
 ) -> Exchanged:
     workers, worker = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
-    cut = [_cut(x, workers, compressor.block) for x in messages]
-    own = [pieces[worker] for pieces in cut]
+    cut = [pieces.cut(x, workers, compressor.block) for x in messages]
+    own = [rows[worker] for rows in cut]
 
     # To the owners. A worker's own piece stays at home and needs no code.
     each = [jax.random.split(key, workers + 1) for key in keys]
     encode = jax.vmap(compressor.encode)
     payloads = [encode(x, key[:-1]) for x, key in zip(cut, each, strict=True)]
-    sent = [
-        jax.vmap(lambda p, like=x: compressor.decode(p, like))(payload)
-        for payload, x in zip(payloads, map(_like, own), strict=True)
-    ]
-    buffers = jax.vmap(to_bytes)(payloads)
-    rows = jax.lax.all_to_all(buffers, axis_name, 0, 0, tiled=True)
-    one = jax.tree.map(lambda p: _like(p[0]), payloads)
+    decode_rows = jax.vmap(lambda row: _decode_all(compressor, row, own))
+    sent = decode_rows(payloads)
+    (received,) = pieces.to_owners([payloads], axis_name)
 
-    def decode(row: jax.Array, sender: jax.Array) -> list[jax.Array]:
-        pieces = _decode_all(compressor, from_bytes(row, one), own)
-        return [jnp.where(sender == worker, x, y) for x, y in zip(own, pieces, strict=True)]
+    def decode(row: Any, sender: jax.Array) -> list[jax.Array]:
+        decoded = _decode_all(compressor, row, own)
+        return [jnp.where(sender == worker, x, y) for x, y in zip(own, decoded, strict=True)]
 
-    means = _mean_of_rows(decode, rows, jnp.arange(workers))
+    means = _mean_of_rows(decode, received, jnp.arange(workers))
     means = [_without_padding(z, x.size, worker) for z, x in zip(means, messages, strict=True)]
 
     # From the owners to all.
     payloads = [compressor.encode(z, key[-1]) for z, key in zip(means, each, strict=True)]
     taken = _decode_all(compressor, payloads, own)
-    rows = gather_equal(to_bytes(payloads), axis_name)
-    result = jax.vmap(lambda row: _decode_all(compressor, from_bytes(row, one), own))(rows)
+    (told,) = pieces.to_all([payloads], axis_name)
     at_home = [x - workers * (z - y) for x, z, y in zip(own, means, taken, strict=True)]
-    sent = [pieces.at[worker].set(x) for pieces, x in zip(sent, at_home, strict=True)]
-    return Exchanged(
-        [_join(pieces, x) for pieces, x in zip(result, messages, strict=True)],
-        [_join(pieces, x) for pieces, x in zip(sent, messages, strict=True)],
-    )
+    sent = [rows.at[worker].set(x) for rows, x in zip(sent, at_home, strict=True)]
+    joined = lambda all_rows: [
+        pieces.join(rows, x.shape, x.size) for rows, x in zip(all_rows, messages, strict=True)
+    ]
+    return Exchanged(joined(decode_rows(told)), joined(sent))
 
 
-def to_bytes(payloads: Any) -> jax.Array:
-    """The arrays of a pytree, end to end and padded to whole lines: uint8 ``[bytes]``.
-
-    A line is 128 bytes. Of an all-gather of anything else XLA may make, for a TPU, an all-reduce of
-    the whole result, which sends twice as much.
-    """
-    cast = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8).ravel()
-    buffer = jnp.concatenate([cast(x) for x in jax.tree.leaves(payloads)])
-    return jnp.pad(buffer, (0, -len(buffer) % _LINE))
-
-
-def from_bytes(buffer: jax.Array, like: Any) -> Any:
-    """The inverse of ``to_bytes``, for a pytree of arrays of the same shapes and dtypes."""
-    leaves, structure = jax.tree.flatten(like)
-    found, start = [], 0
-    for x in leaves:
-        width = jnp.dtype(x.dtype).itemsize
-        shape = x.shape if width == 1 else (*x.shape, width)
-        stop = start + math.prod(shape)
-        found.append(jax.lax.bitcast_convert_type(buffer[start:stop].reshape(shape), x.dtype))
-        start = stop
-    return structure.unflatten(found)
-
-
-def _mean_of_rows(
-    decode: Callable[..., list[jax.Array]], rows: jax.Array, *others: jax.Array
-) -> list[jax.Array]:
+def _mean_of_rows(decode: Callable[..., list[jax.Array]], *rows: Any) -> list[jax.Array]:
     """The mean of the rows' decoded arrays, added up in their order, one row at a time."""
 
-    def add(total: list[jax.Array], row: tuple[jax.Array, ...]) -> tuple[list[jax.Array], None]:
+    def add(total: list[jax.Array], row: tuple[Any, ...]) -> tuple[list[jax.Array], None]:
         return [x + y for x, y in zip(total, decode(*row), strict=True)], None
 
-    like = jax.eval_shape(decode, rows[0], *(x[0] for x in others))
-    zeros = core.vary([jnp.zeros(x.shape, x.dtype) for x in like], tuple(core.varying_axes(rows)))
-    total, _ = jax.lax.scan(add, zeros, (rows, *others))
-    return [x / len(rows) for x in total]
+    like = jax.eval_shape(decode, *jax.tree.map(lambda x: x[0], rows))
+    axes = tuple(pieces.axes_of_tree(rows[0]))
+    zeros = core.vary([jnp.zeros(x.shape, x.dtype) for x in like], axes)
+    total, _ = jax.lax.scan(add, zeros, rows)
+    return [x / len(jax.tree.leaves(rows)[0]) for x in total]
 
 
 def _travelling(
@@ -299,15 +261,6 @@ def _decode_all(compressor: Compressor, payloads: Any, like: _Arrays) -> list[ja
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _cut(x: jax.Array, workers: int, block: int) -> jax.Array:
-    length = piece_length(x.size, workers, block)
-    return jnp.pad(x.ravel(), (0, workers * length - x.size)).reshape(workers, length)
-
-
-def _join(pieces: jax.Array, like: jax.Array) -> jax.Array:
-    return pieces.ravel()[: like.size].reshape(like.shape)
 
 
 def _without_padding(piece: jax.Array, size: int, owner: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ calls a solver that works through a stack matrix by matrix on GPUs.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -157,10 +158,18 @@ def _scale_columns(p: jax.Array) -> jax.Array:
     return p / jnp.where(scale == 0, 1.0, scale)
 
 
-def revive(q: jax.Array, previous: jax.Array) -> jax.Array:
+def revive(
+    q: jax.Array, previous: jax.Array, *, total: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> jax.Array:
     """``q`` with its columns of zeros replaced by those of ``previous``, both ``[c, r]``.
 
     A start from a zero column would stay zero for ever. One appears where X is zero or has a rank
     below r.
+
+    Args:
+      q: the new factor.
+      previous: what takes the place of its columns of zeros.
+      total: adds up, over the devices that hold the other rows, what this one has of each column.
     """
-    return jnp.where(jnp.any(q != 0, axis=0, keepdims=True), q, previous)
+    size = total(jnp.sum(jnp.abs(q), axis=0, keepdims=True))
+    return jnp.where(size == 0, previous, q)

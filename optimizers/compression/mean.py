@@ -27,13 +27,7 @@ from jaxopt_suite.optimizers.compression.powersgd_rounds import (
     factor_shape,
     factor_spec,
 )
-from jaxopt_suite.optimizers.compression.shards import (
-    Path,
-    aligned_specs,
-    automatic_axes,
-    axes_of,
-    run_on_shards,
-)
+from jaxopt_suite.optimizers.compression.shards import Path, keys_of_parts, layout_of, run_on_shards
 
 DenseRule = Callable[[Path, Any], bool]
 
@@ -240,8 +234,7 @@ class _Link:
         parts = [_by_leaf(structure, group) for group in trees]
         leaves = [_Leaf(x, *rest) for (x,), *rest in zip(*parts, strict=True)]
 
-        axes = () if param_specs is None else automatic_axes(self.axis_name)
-        specs = aligned_specs(paths, param_specs) if axes else [PartitionSpec()] * len(paths)
+        axes, specs = layout_of(paths, param_specs, self.axis_name)
         laid_out = [_layout(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
         dense = [self.is_dense(path, x) for path, x in with_paths]
         step = functools.partial(self.step, paths, dense, specs, axes)
@@ -307,11 +300,7 @@ class _Link:
         """A random key for each leaf: another for every part of it, and on every worker."""
         own = () if self.compressor.shared_key else (jax.lax.axis_index(self.axis_name),)
         keys = core.leaf_keys(self.seed, paths, count, *own)
-        parts = [jax.lax.axis_index(axes_of(spec)) if axes_of(spec) else None for spec in specs]
-        return [
-            key if part is None else jax.random.fold_in(key, part)
-            for key, part in zip(keys, parts, strict=True)
-        ]
+        return keys_of_parts(keys, specs)
 
 
 def _by_leaf(structure: Any, trees: Sequence[Any]) -> list[tuple[Any, ...]]:

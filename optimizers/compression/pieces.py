@@ -1,10 +1,11 @@
-"""Two phases: each worker owns a piece of every array, collects it from all, and tells them all.
+"""Arrays in one buffer, and in pieces of which every worker owns one.
 
-For methods whose owners do something of their own between the phases. All arrays of a step travel
-in one buffer a phase; on a mesh with more axes, those that lie over different ones cannot share a
-buffer, and there is one for every such set of axes.
+A worker collects its piece of every array from all, and tells all what it made of it. All arrays of
+a step travel in one buffer a phase; on a mesh with more axes, those that lie over different ones
+cannot share a buffer, and there is one for every such set of axes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,37 @@ import jax.numpy as jnp
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import gather_equal
-from jaxopt_suite.optimizers.compression.exchange import from_bytes, piece_length, to_bytes
+
+_LINE = 128
+
+
+def to_bytes(payloads: Any) -> jax.Array:
+    """The arrays of a pytree, end to end and padded to whole lines: uint8 ``[bytes]``.
+
+    A line is 128 bytes. Of an all-gather of anything else XLA may make, for a TPU, an all-reduce of
+    the whole result, which sends twice as much.
+    """
+    cast = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8).ravel()
+    buffer = jnp.concatenate([cast(x) for x in jax.tree.leaves(payloads)])
+    return jnp.pad(buffer, (0, -len(buffer) % _LINE))
+
+
+def from_bytes(buffer: jax.Array, like: Any) -> Any:
+    """The inverse of ``to_bytes``, for a pytree of arrays of the same shapes and dtypes."""
+    leaves, structure = jax.tree.flatten(like)
+    found, start = [], 0
+    for x in leaves:
+        width = jnp.dtype(x.dtype).itemsize
+        shape = x.shape if width == 1 else (*x.shape, width)
+        stop = start + math.prod(shape)
+        found.append(jax.lax.bitcast_convert_type(buffer[start:stop].reshape(shape), x.dtype))
+        start = stop
+    return structure.unflatten(found)
+
+
+def piece_length(size: int, workers: int, block: int) -> int:
+    """Elements in each worker's piece of a message: whole blocks, the last padded with zeros."""
+    return -(-size // (workers * block)) * block
 
 
 def cut(x: jax.Array, workers: int, block: int) -> jax.Array:
@@ -85,11 +116,15 @@ def by_axes(
     groups: dict[Any, list[int]] = {}
     payloads = [core.vary(payload, axis_name) for payload in payloads]
     for i, payload in enumerate(payloads):
-        axes = frozenset().union(*map(core.varying_axes, jax.tree.leaves(payload)))
-        groups.setdefault(axes, []).append(i)
+        groups.setdefault(axes_of_tree(payload), []).append(i)
     received: list[Any] = [None] * len(payloads)
     for axes, members in groups.items():
         same = [core.vary(payloads[i], tuple(axes)) for i in members]
         for i, payload in zip(members, send(same), strict=True):
             received[i] = payload
     return received
+
+
+def axes_of_tree(tree: Any) -> frozenset[str]:
+    """The manual mesh axes along which an array of the tree may differ."""
+    return frozenset().union(*map(core.varying_axes, jax.tree.leaves(tree)))

@@ -1,11 +1,11 @@
 """PowerSGD's exchange: two all-reduces of factors, the second made with the mean of the first."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxopt_suite import core
@@ -67,7 +67,8 @@ def exchange_factors(
         shape = messages[i].shape
         mean[i] = low_rank.rebuild(left[i], right[i], shape)
         sent[i] = low_rank.rebuild(left[i], own[i], shape)
-        kept[i] = (_revived(right[i].T, factors[i][0], columns[i]),)
+        whole = functools.partial(_sum, axis_names=columns[i])
+        kept[i] = (low_rank.revive(right[i], factors[i][0].T, total=whole).T,)
     return Exchanged(mean, sent), kept
 
 
@@ -98,8 +99,3 @@ def _orthogonal(p: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
         return low_rank.orthogonalise(p)
     whole = low_rank.orthogonalise(gather_equal(p, axis_names, tiled=True))
     return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis_names) * len(p), len(p))
-
-
-def _revived(factor: jax.Array, old: jax.Array, axis_names: tuple[str, ...]) -> jax.Array:
-    size = _sum(jnp.sum(jnp.abs(factor), axis=1, keepdims=True), axis_names)
-    return jnp.where(size == 0, old, factor)

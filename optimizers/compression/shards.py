@@ -40,6 +40,33 @@ def aligned_specs(paths: Sequence[Path], param_specs: Any) -> list[PartitionSpec
     return [by_path[path] for path in paths]
 
 
+def layout_of(
+    paths: Sequence[Path], param_specs: Any, axis_name: str
+) -> tuple[tuple[str, ...], list[PartitionSpec]]:
+    """The axes to run on the shards of, for ``run_on_shards``, and the spec of each leaf.
+
+    Args:
+      paths: of the leaves; where there are none, there are no axes either.
+      param_specs: as an update is given them; None: every leaf is taken whole.
+      axis_name: the workers' axis.
+
+    Raises:
+      ValueError: as ``aligned_specs``.
+    """
+    axes = automatic_axes(axis_name) if paths and param_specs is not None else ()
+    return axes, aligned_specs(paths, param_specs) if axes else [PartitionSpec()] * len(paths)
+
+
+def keys_of_parts(
+    keys: Sequence[jax.Array] | jax.Array, specs: Sequence[PartitionSpec]
+) -> list[jax.Array]:
+    """A random key for each leaf, another for every part of it that a device holds."""
+    return [
+        jax.random.fold_in(key, jax.lax.axis_index(axes_of(spec))) if axes_of(spec) else key
+        for key, spec in zip(keys, specs, strict=True)
+    ]
+
+
 def run_on_shards(
     fn: Callable[..., Any], args: Any, specs: Any, *, like: int, axes: tuple[str, ...]
 ) -> Any:

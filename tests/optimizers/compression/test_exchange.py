@@ -12,11 +12,9 @@ from jaxopt_suite.optimizers.compression.exchange import (
     check_exchange,
     choose,
     exchange_messages,
-    from_bytes,
-    piece_length,
     sent_bytes,
-    to_bytes,
 )
+from jaxopt_suite.optimizers.compression.pieces import from_bytes, piece_length, to_bytes
 
 
 def exchanged(compressor, messages, way, *, mesh=None):
