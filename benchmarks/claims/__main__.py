@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import _results
-from benchmarks.claims import grams, quadratic, state_bytes, subset_norm
+from benchmarks.claims import error_feedback, grams, quadratic, state_bytes, subset_norm
 from benchmarks.claims.claim import Claim
 from jaxopt_suite.core.errors import UserError
 
 CLAIMS = {
     claim.name: claim
-    for module in (quadratic, grams, subset_norm, state_bytes)
+    for module in (quadratic, grams, subset_norm, state_bytes, error_feedback)
     for claim in module.CLAIMS
 }
 RESULTS = _results.RESULTS / "claims.json"

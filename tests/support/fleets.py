@@ -19,7 +19,7 @@ def normal(shapes, *, steps, workers=WORKERS, seed=0, spread=1.0):
     return {name: leaf(shape) for name, shape in shapes.items()}
 
 
-def run_fleet(tx, inputs, *, mesh=None, axis_name="worker", **extra):
+def run_fleet(tx, inputs, *, mesh=None, axis_name="worker", params=None, **extra):
     """Updates ``[steps, ...]``, equal on all workers, and the state after them.
 
     Args:
@@ -27,15 +27,16 @@ def run_fleet(tx, inputs, *, mesh=None, axis_name="worker", **extra):
       inputs: a tree of arrays ``[workers, steps, ...]``.
       mesh: as for ``run_workers``.
       axis_name: the workers' axis.
+      params: the same at every step; None: none.
       **extra: handed to ``tx.update``.
     """
 
     def worker(own):
         def step(state, updates):
-            updates, state = tx.update(updates, state, **extra)
+            updates, state = tx.update(updates, state, params, **extra)
             return state, updates
 
-        state = tx.init(jax.tree.map(lambda x: x[0], own))
+        state = tx.init(jax.tree.map(lambda x: x[0], own) if params is None else params)
         state, updates = jax.lax.scan(step, state, own)
         return updates, state
 

@@ -1,0 +1,1 @@
+"""What compressed communication sends, costs and reaches, measured."""

@@ -1,0 +1,48 @@
+"""``python -m benchmarks.communication PART``: measures a part and appends its rows.
+
+``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU).
+``overhead``: time to compress and decompress, against a train step.
+``task``: loss against bytes on the default task.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks import _results
+from benchmarks.communication import overhead, task, wire_bytes
+from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.parallel.topologies import SETTINGS
+
+Row = dict[str, Any]
+
+PARTS: dict[str, tuple[str, Callable[[], Iterator[Row]], Callable[[list[Row]], bool]]] = {
+    "wire": ("compressed_bytes.json", wire_bytes.measure, wire_bytes.kept),
+    "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
+    "task": ("communication_task.json", task.measure, task.kept),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if a promise is broken; 2 for what the user can put right."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.communication")
+    parser.add_argument("part", choices=PARTS)
+    options = parser.parse_args(arguments)
+    name, measure, kept = PARTS[options.part]
+    stamp = _results.stamp(f"python -m benchmarks.communication {options.part}")
+    rows = []
+    try:
+        for row in measure():
+            rows.append(row)
+            _results.append(_results.RESULTS / name, row | stamp)
+    except (UserError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if kept(rows) else 1
+
+
+if __name__ == "__main__":
+    os.environ.update({**SETTINGS, **os.environ})
+    sys.exit(main())
