@@ -1,0 +1,118 @@
+"""Benchmarks of communication: what they compute, by hand; what counts as a promise kept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.claims import error_feedback
+from benchmarks.communication import __main__ as command
+from benchmarks.communication import overhead, task, wire_bytes
+from jaxopt_suite import parallel
+from jaxopt_suite.optimizers import registry
+from jaxopt_suite.optimizers.compression import compressors
+
+
+def top_one(x):
+    kept = np.zeros_like(x)
+    kept[np.argmax(np.abs(x))] = x[np.argmax(np.abs(x))]
+    return kept
+
+
+@pytest.mark.parametrize("rule", ["no memory", "EF", "EF21"])
+def test_the_diverging_example_by_hand(rule):
+    vectors = np.array([[-3.0, 2.0, 2.0], [2.0, -3.0, 2.0], [2.0, 2.0, -3.0]])
+    x, memory, estimate, norms = np.ones(3), np.zeros((3, 3)), np.zeros(3), []
+    for _ in range(40):
+        norms.append(np.linalg.norm(x))
+        sent = np.zeros((3, 3))
+        for w, a in enumerate(vectors):
+            g = 2 * a * (a @ x) + 0.5 * x
+            if rule == "EF":
+                sent[w] = top_one(g + memory[w])
+                memory[w] += g - sent[w]
+            elif rule == "EF21":
+                sent[w] = top_one(g - memory[w])
+                memory[w] += sent[w]
+            else:
+                sent[w] = top_one(g)
+        estimate = estimate + sent.mean(0) if rule == "EF21" else sent.mean(0)
+        x = x - 0.01 * estimate
+    np.testing.assert_allclose(error_feedback.diverging(rule, steps=40), norms, rtol=1e-4)
+
+
+def test_heterogeneous_workers_without_noise_descend_as_their_mean_does():
+    workers, steps = 10, 30
+    rng = np.random.default_rng(5)
+    index = np.arange(1, workers + 1)[:, None]
+    scale, target = index / np.sqrt(workers), 100 / index * rng.standard_normal((workers, 200))
+    x, norms = np.zeros(200), []
+    for _ in range(steps):
+        gradient = (scale * (scale * x - target)).mean(0)
+        norms.append(np.sum(gradient**2))
+        x = x - gradient / 512
+    seen = error_feedback.heterogeneous("exact mean", workers=workers, steps=steps, seed=5, sigma=0)
+    np.testing.assert_allclose(seen, norms, rtol=1e-4)
+
+
+def test_a_curve_that_overflows_is_infinite_from_there_and_null_in_json():
+    curve = error_feedback._finite(np.array([1.0] * 200 + [1e31] + [1.0] * 199))
+    assert np.isinf(curve[200:]).all()
+    assert error_feedback._windows(curve) == [1.0, None]
+
+
+def test_bytes_of_an_entry_are_counted_in_a_program_and_beside_them_the_closed_form(monkeypatch):
+    monkeypatch.setattr(wire_bytes, "WHOLE", {"up": (64, 256), "down": (256, 64), "scale": (512,)})
+    mesh = parallel.make_mesh({"worker": 4, "model": 2})
+    found = wire_bytes.entry(compressors.int8(256), "two_phase", mesh)
+    matrix = 64 * 256 // 2  # on a device
+    codes = 2 * 3 * 2 * (matrix // 4 + 4 * (matrix // 4 // 256))  # bytes, and float32 scales
+    vector = 2 * 3 / 4 * 4 * 512
+    assert found["closed_form"] == pytest.approx(codes + vector + 2 * 7 / 8 * 4)
+    assert abs(found["off"]) < 0.05
+    assert found["all_reduce"] == 2 * 3 / 4 * 4 * (2 * matrix + 512)
+    assert found["largest_float"] == 4 * 512 < found["matrix_bytes"] == 4 * matrix
+    assert wire_bytes.kept([{"entries": [{**found, "compressor": "int8()", "off": 0.0}]}])
+
+
+def test_a_whole_matrix_on_the_wire_or_a_wrong_sum_breaks_the_promise():
+    good = {"compressor": "sign()", "off": 0.019, "largest_float": 8, "matrix_bytes": 9}
+    assert wire_bytes.kept([{"entries": [good]}])
+    assert not wire_bytes.kept([{"entries": [good | {"off": 0.021}]}])
+    assert not wire_bytes.kept([{"entries": [good | {"largest_float": 9}]}])
+
+
+def test_only_what_is_promised_has_to_be_quick():
+    entries = [{"compressor": "sign()", "ratio": 0.15}, {"compressor": "low_rank(4)", "ratio": 9.0}]
+    assert overhead.kept([{"entries": entries}])
+    assert not overhead.kept([{"entries": [{"compressor": "int8()", "ratio": 0.16}]}])
+
+
+def test_runs_of_a_variant_are_reduced_to_a_row_and_a_diverged_one_has_no_mean():
+    run = {"learning_rate": 0.1, "steps": [100, 200], "val_loss": [3.0, 2.0], "diverged_at": None}
+    run |= {"wire_bytes": 7.0, "state_bytes": 8, "n_params": 9}
+    row = task._row([run, run | {"val_loss": [3.0, 1.0]}], [run])
+    assert (row["mean"], row["losses"], row["steps"]) == (1.5, [2.0, 1.0], 200)
+    assert row["sweep"] == {"0.1": 2.0}
+    assert task._row([run, run | {"diverged_at": 3}], [])["mean"] is None
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_the_target_needs_one_variant_near_and_one_small():
+    near, small = {"over_dense": 1.01, "times_fewer": 30}, {"over_dense": 1.03, "times_fewer": 100}
+    assert task.kept([near, small])
+    assert not task.kept([near])
+    assert not task.kept([small])
+    assert not task.kept([{"over_dense": None, "times_fewer": 1000}])
+
+
+def test_variants_are_of_the_registry_and_have_names_of_their_own():
+    assert {variant.optimizer for variant in task.VARIANTS} <= registry().keys()
+    assert len({variant.name for variant in task.VARIANTS}) == len(task.VARIANTS)
+
+
+def test_an_unknown_part_is_refused_with_the_list(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["wires"])
+    err = capsys.readouterr().err
+    assert all(part in err for part in command.PARTS)
