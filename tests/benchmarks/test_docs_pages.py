@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import docs_pages
+from benchmarks import docs_communication, docs_pages, markdown
 from jaxopt_suite.optimizers import registry
 
 
@@ -12,7 +12,9 @@ def test_the_pages_in_docs_are_what_would_be_written_now():
 
 def test_an_edited_or_missing_page_is_noticed(tmp_path, capsys):
     words = ["--docs", str(tmp_path)]
-    assert docs_pages.stale(tmp_path) == list(docs_pages.PAGES)
+    missing = docs_pages.stale(tmp_path)
+    assert missing[: len(docs_pages.PAGES)] == list(docs_pages.PAGES)
+    assert all(name.startswith("images/") for name in missing[len(docs_pages.PAGES) :])
     assert docs_pages.main(["--check", *words]) == 1
     assert not list(tmp_path.iterdir())
     assert docs_pages.main(words) == 0
@@ -42,7 +44,7 @@ def _whose(recipe):
 
 
 def test_a_table_escapes_what_would_break_it():
-    text = docs_pages.table(["a", "b"], [["x|y", "two\nlines"]])
+    text = markdown.table(["a", "b"], [["x|y", "two\nlines"]])
     assert text == "| a | b |\n| --- | --- |\n| x\\|y | two lines |\n"
 
 
@@ -60,3 +62,24 @@ def test_a_full_measurement_of_a_claim_is_shown_rather_than_a_quick_one(tmp_path
     page = docs_pages.claims(tmp_path)
     assert "sound" in page
     assert "rough" not in page
+
+
+def test_measured_parts_are_filled_into_a_text_and_the_rest_stays():
+    text = "a\n<!-- measured: x -->\nold\n<!-- end -->\nb\n<!-- measured: y -->\n<!-- end -->\n"
+    filled = docs_communication.fill(text, {"x": "new", "y": "more"})
+    assert filled == (
+        "a\n<!-- measured: x -->\n\nnew\n\n<!-- end -->\nb\n"
+        "<!-- measured: y -->\n\nmore\n\n<!-- end -->\n"
+    )
+    assert docs_communication.fill(filled, {"x": "new", "y": "more"}) == filled
+    with pytest.raises(ValueError, match="'z'"):
+        docs_communication.fill(text, {"z": ""})
+
+
+def test_a_picture_says_what_it_was_drawn_from(tmp_path):
+    path = tmp_path / "x.svg"
+    assert not docs_communication.is_made_of(path, "12")
+    figure, _ = docs_communication._axes("x", "y")
+    path.write_text(docs_communication.document("12", figure))
+    assert docs_communication.is_made_of(path, "12")
+    assert not docs_communication.is_made_of(path, "34")
