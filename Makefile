@@ -14,12 +14,13 @@ DOCS_INSTALLED := $(VENV)/installed-docs
 PLAIN := build/plain
 SOURCES := $(shell find jaxopt_suite optimizers parallel -name '*.py')
 
-.PHONY: help demo test quick check format docs bench wheel clean
+.PHONY: help demo test quick exhaustive check format docs bench wheel clean
 
 help:
 	@echo 'make demo     install if need be, compare optimizers on real text, write runs/demo/report.html'
 	@echo 'make test     install if need be, run the whole test suite'
 	@echo 'make quick    the tests without the slow ones'
+	@echo 'make exhaustive    the cases that make test leaves out: half an hour'
 	@echo 'make check    lint, formatting, types'
 	@echo 'make format   put the formatting right'
 	@echo 'make docs     build the site into site/, warnings are errors'
@@ -51,7 +52,10 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n $(WORKERS)
 
 quick: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow and not exhaustive'
+
+exhaustive: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m exhaustive
 
 check: $(PLAIN)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def test_the_two_steps_compute_the_same(task):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_measurement_is_printed_and_a_row(task, tmp_path, capsys):
     results = tmp_path / "rows.json"
     words = ["--preset", "nano", "--seq-len", "8", "--rounds", "1", "--results", str(results)]

@@ -82,8 +82,13 @@ RTOL = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", optimizers.registry())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if recipe.peer else pytest.mark.slow)
+        for name, recipe in optimizers.registry().items()
+    ],
+)
 def test_every_recipe_keeps_the_contract_but_for_what_is_listed(name: str) -> None:
     recipe = optimizers.registry()[name]
     options = SMALL | COMPRESSED if recipe.communicates else SMALL

@@ -25,9 +25,12 @@ class Ended:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """Without the settings of the test suite, which ask for eight devices."""
+    """Without the settings of the test suite that ask for eight devices."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "SLURM"))}
-    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **extra}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if "device_count" not in flag]
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    return {**kept, **own, **extra}
 
 
 @contextlib.contextmanager
