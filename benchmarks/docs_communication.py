@@ -84,7 +84,7 @@ def _task(rows: _Rows) -> str:
     head = ["method", "rate", "validation loss", "over dense AdamW", "sent per step", "fewer bytes"]
     cells = [
         [
-            f"{row['name']} (`{' '.join([row['optimizer'], *row['settings']])}`)",
+            f"{row['name']} (`{' '.join([row['optimizer'], *row['words']])}`)",
             f"{row['learning_rate']:g}",
             "diverged" if row["mean"] is None else f"{row['mean']:.3f} ± {row['spread']:.3f}",
             "" if row["over_dense"] is None else f"{100 * (row['over_dense'] - 1):+.1f} %",

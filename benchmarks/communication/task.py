@@ -13,12 +13,14 @@ MESH, SEEDS = "worker=8", 3
 
 
 class Variant(NamedTuple):
-    """A recipe with settings of its own."""
+    """A recipe with words of its own for the command line."""
 
     name: str
     optimizer: str
-    settings: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
+
+_TWO_PHASES = ("--exchange", "two_phase")
 
 VARIANTS = (
     Variant("AdamW, dense", "adamw"),
@@ -27,6 +29,19 @@ VARIANTS = (
     Variant("1-bit Adam", "onebit_adam"),
     Variant("TernGrad with Adam", "terngrad"),
     Variant("DeMo, 32 of 4096", "demo"),
+    Variant("DeMo, 8 of 4096", "demo", ("--set", "k=8", "--set", "values=bfloat16")),
+    Variant("Muon, dense", "muon"),
+    Variant("Muon, signs", "muon", ("--compress", "sign()")),
+    Variant(
+        "Muon, 10 of 256",
+        "muon",
+        ("--compress", "top_k(10, chunk=256, values='bfloat16')", *_TWO_PHASES),
+    ),
+    Variant(
+        "Muon, 3 of 256",
+        "muon",
+        ("--compress", "top_k(3, chunk=256, values='bfloat16')", *_TWO_PHASES),
+    ),
 )
 
 
@@ -56,8 +71,7 @@ def run(variant: Variant) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = ["compare", "--optimizers", variant.optimizer, "--lr-sweep", "--mesh", MESH]
         words += ["--seeds", str(SEEDS), "--out", folder]
-        for setting in variant.settings:
-            words += ["--set", setting]
+        words += variant.words
         subprocess.run([sys.executable, "-m", "jaxopt_suite.cli.main", *words], check=True)
         found = pathlib.Path(folder) / variant.optimizer
         return {**variant._asdict(), **_row(_runs(found, "seed-*"), _runs(found, "sweep/lr-*"))}

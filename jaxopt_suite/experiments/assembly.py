@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
+from jaxopt_suite.experiments.compress import compressed
 from jaxopt_suite.experiments.config import LayoutConfig, refuse
 from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
@@ -100,10 +101,14 @@ def axis_of(recipe: Recipe, config: LayoutConfig) -> dict[str, str]:
     """The axis name that ``recipe.make`` takes if the optimizer communicates.
 
     Raises:
-      UserError: if it does, and the mesh has no workers.
+      UserError: if it does, and the mesh has no workers, or ``--compress`` would have it compress
+        what is no gradient.
     """
     if not recipe.communicates:
         return {}
+    if config.compress is not None:
+        legal = f"given without {recipe.name}, which sends what it has to in its own way"
+        refuse("compress", config.compress, legal)
     if WORKER_AXIS not in (mesh_sizes(config) or {}):
         raise UserError(
             f"{recipe.name} communicates between workers: --mesh must have some, such as "
@@ -132,7 +137,8 @@ def assemble_step(
       mesh: where to run; None: one device.
       clip: global norm; None: not clipped.
       communicates: whether the optimizer takes the mean over workers itself. Otherwise, on a mesh
-        with a worker axis, the mean of their gradients is taken before the clipping.
+        with a worker axis, the mean of their gradients is taken before the clipping, compressed
+        if the config says so.
 
     Raises:
       UserError: if the mesh does not suit the model, or the options one another.
@@ -143,8 +149,11 @@ def assemble_step(
                 refuse(name, getattr(config, name), "given with --mesh")
     worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    if config.compress is not None and worker_axis is None:
+        refuse("compress", config.compress, f"given with --mesh {WORKER_AXIS}=4 or the like")
     if worker_axis is not None and not communicates:
-        first = optax.chain(mean_over(worker_axis), first)
+        mean = compressed(config, worker_axis) if config.compress else mean_over(worker_axis)
+        first = optax.chain(mean, first)
     try:
         return make_train_step(
             functools.partial(model.loss_fn, graphdef),

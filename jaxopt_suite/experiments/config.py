@@ -42,6 +42,11 @@ class LayoutConfig:
       accumulate: micro-batches per step, one after the other.
       shard_state_over: mesh axes to spread the optimizer state over besides, separated by commas.
       offload_state: keep the optimizer state in the host's memory between steps.
+      compress: how workers' gradients travel, for an optimizer that does not communicate by itself:
+        a compressor such as "sign()", "low_rank(4)" or "top_k(9, chunk=256)". None: whole.
+      feedback: what a worker remembers of what compression left out: "none()", "ef()", "ef21()",
+        "econtrol(0.1)" or "momentum(0.1)". None: none() for unbiased compressors, else ef().
+      exchange: how compressed gradients are averaged; auto: in the fewest bytes.
     """
 
     mesh: str | None = None
@@ -51,6 +56,9 @@ class LayoutConfig:
     accumulate: int = 1
     shard_state_over: str | None = None
     offload_state: bool = False
+    compress: str | None = None
+    feedback: str | None = None
+    exchange: Literal["auto", "mean", "gather", "two_phase"] = "auto"
 
     def validate(self) -> None:
         """Checks every value that can be checked without loading anything.
@@ -59,6 +67,8 @@ class LayoutConfig:
           UserError: naming the option, its value and what is legal.
         """
         at_least("accumulate", self.accumulate, 1)
+        if self.compress is None and (self.feedback is not None or self.exchange != "auto"):
+            refuse("compress", self.compress, "given with --feedback and --exchange")
 
     def state_axes(self) -> tuple[str, ...]:
         """The axes of ``shard_state_over``."""

@@ -81,8 +81,8 @@ class Program:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state on all devices, clipping not counted (it has none)."""
-        return tree_bytes(self.abstract_state.opt_state[1])
+        """Bytes of the optimizer's state on all devices, with the memory of ``--compress``."""
+        return tree_bytes(self.abstract_state.opt_state)
 
     @functools.cached_property
     def wire_bytes(self) -> float:
