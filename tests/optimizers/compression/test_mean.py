@@ -234,7 +234,7 @@ def test_abstract_parameters_and_maps_over_parameter_shaped_state_work():
     assert moved.count == 0
 
 
-def train(mesh, tx, specs=None, steps=12):
+def train(mesh, tx, specs=None, steps=12, least_norm=0.0):
     rng = np.random.default_rng(0)
     shapes = {"up": (16, 32), "down": (32, 16), "bias": (32,)}
     params = {k: (0.2 * rng.normal(size=s)).astype(np.float32) for k, s in shapes.items()}
@@ -252,6 +252,7 @@ def train(mesh, tx, specs=None, steps=12):
     for _ in range(steps):
         state, metrics = step(state, (x, y))
         assert metrics.finite
+        assert metrics.grad_norm > least_norm
         losses.append(float(metrics.loss))
     return np.array(losses), state
 
@@ -268,23 +269,51 @@ ROWS = {"up": P("model", None), "down": P("model", None), "bias": P()}
 COLUMNS = {"up": P(None, "model"), "down": P("model", None), "bias": P()}
 
 
+MATRIX_RULES = {"adam": optax.adam(0.02), "muon": optax.contrib.muon(0.02)}
+
+
+def split_in(parts, compressor, specs, rule="adam", **settings):
+    """Twelve losses of a chain with a clip that is active, beside a model axis; and the state."""
+    clip = optax.clip_by_global_norm(0.02)
+    tx = optax.chain(link(compressor, **settings), clip, MATRIX_RULES[rule])
+    return train({"worker": 4, "model": parts}, tx, specs, least_norm=0.04)
+
+
 @pytest.mark.parametrize(
-    ("compressor", "settings", "specs"),
+    ("compressor", "settings", "specs", "rule"),
     [
         # What acts entry by entry, or on blocks that no shard cuts.
-        (compressors.int8(16), {"exchange": "gather"}, ROWS),
-        pytest.param(  # sums its factors over the shards
-            *(compressors.low_rank(2), {}, COLUMNS), marks=pytest.mark.slow
-        ),
+        (compressors.int8(16), {"exchange": "gather"}, ROWS, "adam"),
+        (compressors.int8(16), {"exchange": "gather"}, ROWS, "muon"),
+        pytest.param(compressors.identity(), {}, COLUMNS, "muon", marks=pytest.mark.slow),
+        # It sums its factors over the shards.
+        pytest.param(compressors.low_rank(2), {}, COLUMNS, "adam", marks=pytest.mark.slow),
     ],
 )
-def test_a_model_axis_does_not_change_the_losses(compressor, settings, specs):
-    tx = optax.chain(link(compressor, **settings), optax.clip_by_global_norm(0.1), optax.adam(0.02))
-    one, _ = train({"worker": 4, "model": 1}, tx, specs)
-    two, state = train({"worker": 4, "model": 2}, tx, specs)
-    np.testing.assert_allclose(two, one, rtol=1e-4)  # sums over shards, twelve steps of Adam
-    residual = state.opt_state[0].local[0]["up"]
-    assert residual.sharding.spec == P("worker", *specs["up"])
+def test_a_model_axis_does_not_change_the_losses(compressor, settings, specs, rule):
+    one, _ = split_in(1, compressor, specs, rule, **settings)
+    two, state = split_in(2, compressor, specs, rule, **settings)
+    np.testing.assert_allclose(two, one, rtol=1e-4)  # sums over shards, twelve steps
+    if compressor.variance is None:
+        residual = state.opt_state[0].local[0]["up"]
+        assert residual.sharding.spec == P("worker", *specs["up"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compressor", "settings", "largest"),
+    [
+        (compressors.sign(), {"exchange": "gather"}, 0.02),
+        (compressors.top_k(fraction=0.1), {"exchange": "gather"}, 0.04),
+        (compressors.ternary(), {"exchange": "gather"}, 0.2),  # other random draws, too
+        (compressors.int8(16), {"exchange": "two_phase"}, 0.002),
+    ],
+)
+def test_shards_are_tensors_of_their_own_and_losses_differ_by_little(compressor, settings, largest):
+    one, _ = split_in(1, compressor, COLUMNS, **settings)
+    two, _ = split_in(2, compressor, COLUMNS, **settings)
+    difference = np.max(np.abs(two / one - 1))
+    assert 1e-6 < difference < largest
 
 
 def test_an_axis_that_is_not_bound_is_refused_with_the_way_to_run_it():
