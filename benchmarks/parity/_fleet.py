@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import threading
+import types
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,9 @@ AXIS = "worker"
 
 _MINUTE = datetime.timedelta(seconds=60)
 
+# (worker, common gradient, roll along the official output axis) -> the worker's own gradient.
+GradientOf = Callable[[Any, Any, Callable[..., Any]], Any]
+
 
 def own_gradient(worker: Any, gradient: Any, roll: Callable[..., Any]) -> Any:
     """A worker's gradient, of the common one; ``roll`` rolls along the official output axis."""
@@ -28,7 +32,11 @@ def own_gradient(worker: Any, gradient: Any, roll: Callable[..., Any]) -> Any:
 
 
 def ours(
-    one: optax.GradientTransformationExtraArgs, workers: int, *, output_axis: int
+    one: optax.GradientTransformationExtraArgs,
+    workers: int,
+    *,
+    output_axis: int,
+    gradient_of: GradientOf = own_gradient,
 ) -> optax.GradientTransformation:
     """A simulated fleet as one transformation of the common gradient.
 
@@ -36,6 +44,7 @@ def ours(
       one: written for one worker of ``AXIS``.
       workers: how many there are.
       output_axis: the official output axis in our layout: -1 if ours is turned, else 0.
+      gradient_of: a worker's gradient.
     """
 
     def init(params: Any) -> Any:
@@ -46,7 +55,7 @@ def ours(
         roll = lambda x, by: jnp.roll(x, by, output_axis)
 
         def of_one(worker: jax.Array, state: Any) -> Any:
-            own = jax.tree.map(lambda g: own_gradient(worker, g, roll), grads)
+            own = jax.tree.map(lambda g: gradient_of(worker, g, roll), grads)
             return one.update(own, state, params)
 
         updates, state = jax.vmap(of_one, axis_name=AXIS)(jnp.arange(workers), state)
@@ -109,12 +118,15 @@ class Distributed:
         work = self._groups[self._own.rank].allreduce([tensor])
         return work if async_op else work.wait()
 
-    def all_gather(self, received: list[Any], tensor: Any, group: Any = None) -> None:
-        del group
+    def all_gather(
+        self, received: list[Any], tensor: Any, group: Any = None, async_op: bool = False
+    ) -> Any:
+        del group, async_op  # done when it returns
         flat = [place.reshape(-1) for place in received]
         self._groups[self._own.rank].allgather([flat], [tensor.reshape(-1)]).wait()
         for place, x in zip(received, flat, strict=True):
             place.copy_(x.reshape(place.shape))
+        return types.SimpleNamespace(wait=lambda: None)
 
     def all_to_all_single(self, received: Any, sent: Any, group: Any = None) -> None:
         del group
@@ -131,6 +143,7 @@ class Fleet:
         make: Callable[[Distributed, list[Any]], Callable[[], None]],
         *,
         around: Callable[[Distributed], contextlib.AbstractContextManager[Any]],
+        gradient_of: GradientOf = own_gradient,
     ) -> None:
         """Starts the ranks.
 
@@ -140,10 +153,12 @@ class Fleet:
           make: called on every rank: (distributed, its parameters) -> a function that steps them by
             their gradients.
           around: the context in which ``make`` and the steps run.
+          gradient_of: a rank's gradient.
         """
         self._params = list(params.values())
         self._distributed = Distributed(workers)
         self._around = around
+        self._gradient_of = gradient_of
         self._copies = [[p.detach().clone() for p in self._params] for _ in range(workers)]
         for copies in self._copies:
             for p in copies:
@@ -157,11 +172,11 @@ class Fleet:
         """Takes a step from the common parameters with each rank's own gradients."""
         import torch
 
-        roll = lambda x, by: np.roll(x, by, 0)
+        roll = lambda x, by: np.roll(x, int(by), 0)
         for worker, copies in enumerate(self._copies):
             for own, common in zip(copies, self._params, strict=True):
                 own.data.copy_(common.data)
-                gradient = own_gradient(np.float32(worker), common.grad.numpy(), roll)
+                gradient = self._gradient_of(np.float32(worker), common.grad.numpy(), roll)
                 own.grad = torch.tensor(gradient)
         with self._around(self._distributed):
             self._distributed.run(lambda rank: self._steps[rank]())
