@@ -137,8 +137,8 @@ def assemble_step(
       mesh: where to run; None: one device.
       clip: global norm; None: not clipped.
       communicates: whether the optimizer takes the mean over workers itself. Otherwise, on a mesh
-        with a worker axis, the mean of their gradients is taken before the clipping, compressed
-        if the config says so.
+        with a worker axis, the mean of their gradients is taken before the clipping; a compressed
+        one, as that of an optimizer that communicates, after each worker has clipped its own.
 
     Raises:
       UserError: if the mesh does not suit the model, or the options one another.
@@ -151,9 +151,12 @@ def assemble_step(
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     if config.compress is not None and worker_axis is None:
         refuse("compress", config.compress, f"given with --mesh {WORKER_AXIS}=4 or the like")
-    if worker_axis is not None and not communicates:
-        mean = compressed(config, worker_axis) if config.compress else mean_over(worker_axis)
-        first = optax.chain(mean, first)
+    if config.compress is not None and worker_axis is not None:
+        # Before, not after: what is clipped after the mean is owed no more, but the memory of what
+        # was left out before would still hold the gradient at its full size.
+        first = optax.chain(first, compressed(config, worker_axis))
+    elif worker_axis is not None and not communicates:
+        first = optax.chain(mean_over(worker_axis), first)
     try:
         return make_train_step(
             functools.partial(model.loss_fn, graphdef),

@@ -9,7 +9,7 @@ from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
 from jaxopt_suite.experiments.entries import entries
 from jaxopt_suite.experiments.steps import build_program
 
-COMMON = {"optimizer": "adamw", "batch_size": 8, "seq_len": 16, "mesh": "worker=4"}
+COMMON = {"optimizer": "adamw", "batch_size": 8, "seq_len": 16, "mesh": "worker=4", "clip": None}
 
 
 def losses(steps=4, **options):
@@ -32,6 +32,14 @@ def test_identity_changes_no_loss_and_keeps_no_memory(whole):
     program, seen = losses(compress="identity()")
     np.testing.assert_allclose(seen, whole[1], rtol=1e-6)
     assert 0 <= program.state_bytes - whole[0].state_bytes <= 8  # a counter
+
+
+def test_each_worker_clips_its_own_gradient_before_it_is_compressed():
+    # Large enough to be active for SGD, which unlike Adam heeds the size of a gradient.
+    rate = {"optimizer": "sgd", "learning_rate": 0.5, "clip": 0.05}
+    _, before = losses(compress="identity()", **rate)
+    _, after = losses(**rate)
+    assert 1e-5 < np.max(np.abs(before - after)) < 0.1  # the mean of clipped ones is another
 
 
 def test_a_compressor_sends_less_trains_otherwise_and_its_memory_is_counted(whole):
