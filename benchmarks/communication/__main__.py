@@ -2,7 +2,7 @@
 
 ``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU).
 ``overhead``: time to compress and decompress, against a train step.
-``task``: loss against bytes on the default task.
+``task``: loss against bytes on the default task; names of variants may follow.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from jaxopt_suite.parallel.topologies import SETTINGS
 
 Row = dict[str, Any]
 
-PARTS: dict[str, tuple[str, Callable[[], Iterator[Row]], Callable[[list[Row]], bool]]] = {
+PARTS: dict[str, tuple[str, Callable[..., Iterator[Row]], Callable[[list[Row]], bool]]] = {
     "wire": ("compressed_bytes.json", wire_bytes.measure, wire_bytes.kept),
     "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
     "task": ("communication_task.json", task.measure, task.kept),
@@ -29,12 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if a promise is broken; 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.communication")
     parser.add_argument("part", choices=PARTS)
+    parser.add_argument("names", nargs="*", help="variants of the task")
     options = parser.parse_args(arguments)
+    if options.names and options.part != "task":
+        parser.error(f"{options.part} takes no names, got {' '.join(options.names)}")
     name, measure, kept = PARTS[options.part]
-    stamp = _results.stamp(f"python -m benchmarks.communication {options.part}")
+    given = {"names": options.names} if options.names else {}
+    words = [options.part, *(f"'{each}'" for each in options.names)]
+    stamp = _results.stamp(f"python -m benchmarks.communication {' '.join(words)}")
     rows = []
     try:
-        for row in measure():
+        for row in measure(**given):
             rows.append(row)
             _results.append(_results.RESULTS / name, row | stamp)
     except (UserError, ModuleNotFoundError) as error:

@@ -116,3 +116,10 @@ def test_an_unknown_part_is_refused_with_the_list(capsys):
         command.main(["wires"])
     err = capsys.readouterr().err
     assert all(part in err for part in command.PARTS)
+
+
+def test_an_unknown_variant_is_refused_with_the_list(capsys):
+    assert command.main(["task", "SGD, dense"]) == 2
+    assert "AdamW, dense" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["wire", "sign()"])
