@@ -107,7 +107,7 @@ def cases():
                 yield pytest.param(dtype, name, substrate, marks=marks)
 
 
-@pytest.mark.parametrize(("dtype", "name", "substrate"), cases())
+@pytest.mark.parametrize(("dtype", "name", "substrate"), list(cases()))
 def test_fifty_steps_have_the_losses_of_one_device(dtype, name, substrate):
     with precision(dtype):
         expected, got = reference(name, dtype), train(name, dtype, substrate)
