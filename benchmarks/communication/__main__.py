@@ -1,6 +1,7 @@
 """``python -m benchmarks.communication PART``: measures a part and appends its rows.
 
-``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU).
+``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU); meshes may
+follow.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
 """
@@ -29,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if a promise is broken; 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.communication")
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("names", nargs="*", help="variants of the task")
+    parser.add_argument("names", nargs="*", help="variants of the task, or meshes of wire")
     options = parser.parse_args(arguments)
-    if options.names and options.part != "task":
-        parser.error(f"{options.part} takes no names, got {' '.join(options.names)}")
+    if options.names and options.part == "overhead":
+        parser.error(f"overhead takes no names, got {' '.join(options.names)}")
     name, measure, kept = PARTS[options.part]
     given = {"names": options.names} if options.names else {}
     words = [options.part, *(f"'{each}'" for each in options.names)]

@@ -1,7 +1,7 @@
 """Bytes of compressed means in programs compiled for TPUs, beside closed forms and all-reduce."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import parallel
+from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
 from jaxopt_suite.optimizers.compression.compressor import Compressor
 from jaxopt_suite.optimizers.compression.exchange import (
@@ -61,13 +62,23 @@ PLACES = (
 )
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """A table for every place: what is sent along the workers' axis in one train step.
 
+    Args:
+      names: meshes of the places to compile for; none: all.
+
     Raises:
+      UserError: if there is no place with such a mesh.
       ModuleNotFoundError: if the TPU compiler is not installed; the message says how to get it.
     """
+    meshes = [place.mesh for place in PLACES]
+    for name in names:
+        if name not in meshes:
+            raise UserError(f"no place has the mesh {name!r}; there are: {' '.join(meshes)}")
     for place in PLACES:
+        if names and place.mesh not in names:
+            continue
         devices = topologies.describe(place.topology).devices
         mesh = parallel.make_mesh(parallel.parse_mesh(place.mesh), devices=devices)
         rows = []

@@ -121,5 +121,7 @@ def test_an_unknown_part_is_refused_with_the_list(capsys):
 def test_an_unknown_variant_is_refused_with_the_list(capsys):
     assert command.main(["task", "SGD, dense"]) == 2
     assert "AdamW, dense" in capsys.readouterr().err
+    assert command.main(["wire", "worker=3"]) == 2
+    assert "worker=256" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command.main(["wire", "sign()"])
+        command.main(["overhead", "sign()"])

@@ -16,6 +16,7 @@ OWN = {
     "train_memory.json": {"preset", "steps", "optimizers"},
     "plan.json": {"plan", "preset", "optimizer", "topology", "mesh", "seconds", "memory_bytes"}
     | {"memory_total", "compiler_bytes", "flops"},
+    "compile_time.json": {"preset", "steps"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }
 
