@@ -133,7 +133,7 @@ def optimizers(results: pathlib.Path = _results.RESULTS) -> str:
         "Every recipe of `jaxopt_suite.optimizers.registry()`. State counts array elements for an "
         "m-by-n matrix: a = min(m, n), b = max(m, n), r = rank; counters of one element are not "
         "counted. The learning rate is the peak rate tuned on the default task; of recipes that "
-        "communicate it is a first guess, not tuned yet.\n",
+        "communicate, with eight workers.\n",
         table(
             ["name", "whose", "state", "learning rate", "schedule", "sends per step", "paper"],
             [_recipe(recipe) for recipe in recipes],

@@ -39,7 +39,8 @@ class Recipe:
       factory: ``factory(learning_rate, **hyperparameters)``, an optax-style constructor.
       learning_rate: peak rate tuned on the default task: the ``nano`` model on the standard
         library's sources, batch 16, sequence length 128, 200 steps
-        (``benchmarks/results/learning_rate_sweep.json``). Of recipes that communicate: a guess.
+        (``benchmarks/results/learning_rate_sweep.json``); of recipes that communicate on eight
+        workers (``benchmarks/results/communication_task.json``).
       defaults: hyperparameters that comparisons use in place of the factory's own defaults.
       paper: where the method is from.
       state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),
@@ -223,7 +224,7 @@ def _communicating() -> list[Recipe]:
         communicating(
             name="adamw_int8",
             factory=adamw_int8,
-            learning_rate=0.008,
+            learning_rate=0.004,
             paper=Paper("INTELLECT-1 Technical Report", "2412.01152", 2024),
             state_formula="2mn",
             state_elements=lambda m, n, **_: 2 * m * n,
@@ -232,7 +233,7 @@ def _communicating() -> list[Recipe]:
         communicating(
             name="onebit_adam",
             factory=onebit_adam,
-            learning_rate=0.008,
+            learning_rate=0.004,
             defaults={"warmup_steps": 40, "variance_floor": 0.01},  # a fifth of 200 steps
             paper=Paper(
                 "1-bit Adam: Communication Efficient Large-Scale Training with Adam's Convergence "
@@ -247,7 +248,7 @@ def _communicating() -> list[Recipe]:
         communicating(
             name="powersgd",
             factory=powersgd,
-            learning_rate=0.08,
+            learning_rate=0.32,
             paper=Paper(
                 "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization",
                 "1905.13727",
@@ -273,7 +274,7 @@ def _communicating() -> list[Recipe]:
         communicating(
             name="demo",
             factory=demo,
-            learning_rate=0.002,
+            learning_rate=0.004,
             paper=Paper("DeMo: Decoupled Momentum Optimization", "2411.19870", 2024),
             state_formula="mn",
             state_elements=lambda m, n, **_: m * n,
