@@ -76,6 +76,14 @@ def test_measured_parts_are_filled_into_a_text_and_the_rest_stays():
         docs_communication.fill(text, {"z": ""})
 
 
+def test_bytes_of_a_warm_up_are_dense_ones_and_the_rest_is_what_the_program_holds_besides():
+    dense = {"name": "AdamW, dense", "wire_bytes": 100.0, "steps": 200}
+    assert docs_communication.mean_bytes(dense, dense) == 100.0
+    # 40 steps of 100 bytes, 160 of 5.
+    row = {"name": "1-bit Adam", "wire_bytes": 105.0, "steps": 200}
+    assert docs_communication.mean_bytes(row, dense) == pytest.approx(0.2 * 100 + 0.8 * 5)
+
+
 def test_a_picture_says_what_it_was_drawn_from(tmp_path):
     path = tmp_path / "x.svg"
     assert not docs_communication.is_made_of(path, "12")
