@@ -80,7 +80,7 @@ def _step(graphdef: Any, params: Any, sizes: model.ModelConfig) -> Callable[[], 
 def _round_trip(compressor: Compressor, params: Any) -> Callable[[], float]:
     """Encodes all leaves, each with its residual, decodes them, keeps the new residuals."""
     leaves = jax.tree.leaves(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
+    keys = list(jax.random.split(jax.random.key(0), len(leaves)))
     # As heavy-tailed as gradients are.
     draw = lambda key, x: jax.random.t(key, 3.0, x.shape)
     grads = [draw(key, x) for key, x in zip(keys, leaves, strict=True)]
