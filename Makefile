@@ -18,9 +18,9 @@ SOURCES := $(shell find jaxopt_suite optimizers parallel -name '*.py')
 
 help:
 	@echo 'make demo     install if need be, compare optimizers on real text, write runs/demo/report.html'
-	@echo 'make test     install if need be, run the whole test suite'
+	@echo 'make test     install if need be, run the test suite'
 	@echo 'make quick    the tests without the slow ones'
-	@echo 'make exhaustive    the cases that make test leaves out: half an hour'
+	@echo 'make exhaustive    the cases that make test leaves out'
 	@echo 'make check    lint, formatting, types'
 	@echo 'make format   put the formatting right'
 	@echo 'make docs     build the site into site/, warnings are errors'
