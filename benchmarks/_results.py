@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -76,6 +77,14 @@ def hardware() -> str:
         f"{environment.processor()}, {cores} cores, {gib:.0f} GiB, {platform.system()}; "
         f"JAX on {device.platform} ({device.device_kind})"
     )
+
+
+def check_names(kind: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ``UserError`` for the first unknown name, with the list of those there are."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise UserError(f"no {kind} {name!r}; there are: {', '.join(known)}")
 
 
 def load(path: pathlib.Path) -> list[dict[str, Any]]:

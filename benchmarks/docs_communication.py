@@ -27,7 +27,7 @@ _HETEROGENEOUS = ("exact mean", "EF", "EF21", "EF21-SGDM, b 0.1", "EControl, eta
 def sections(results: pathlib.Path) -> dict[str, str]:
     """Markdown of every measured part of the guide, by the name of its place."""
     return {
-        "task": _task(_results.load(results / "communication_task.json")),
+        "task": _task(_newest_task(results)),
         "wire": _wire(_results.load(results / "compressed_bytes.json")),
         "overhead": _overhead(_results.load(results / "compression_overhead.json")),
     }
@@ -91,9 +91,8 @@ def mean_bytes(row: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
 def _task(rows: _Rows) -> str:
     if not rows:
         return "No measurements yet.\n"
-    newest = list(_results.latest(rows, "name").values())
     head = ["method", "rate", "validation loss", "over dense AdamW", "sent per step", "times fewer"]
-    sent = {row["name"]: mean_bytes(row, newest[0]) for row in newest}
+    sent = {row["name"]: mean_bytes(row, rows[0]) for row in rows}
     cells = [
         [
             f"{row['name']} (`{' '.join([row['optimizer'], *row['words']])}`)",
@@ -101,11 +100,11 @@ def _task(rows: _Rows) -> str:
             "diverged" if row["mean"] is None else f"{row['mean']:.3f} ± {row['spread']:.3f}",
             "" if row["over_dense"] is None else f"{100 * (row['over_dense'] - 1):+.1f} %",
             _size(sent[row["name"]]),
-            f"{newest[0]['wire_bytes'] / sent[row['name']]:.1f}",
+            f"{rows[0]['wire_bytes'] / sent[row['name']]:.1f}",
         ]
-        for row in newest
+        for row in rows
     ]
-    return table(head, cells) + "\n" + measured(newest[-1])
+    return table(head, cells) + "\n" + measured(rows[-1])
 
 
 def _wire(rows: _Rows) -> str:

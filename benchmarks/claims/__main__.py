@@ -61,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _choose(names: Sequence[str]) -> Sequence[str]:
-    for name in names:
-        if name not in CLAIMS:
-            raise UserError(f"no claim {name!r}; there are: {', '.join(CLAIMS)}")
+    _results.check_names("claim", names, CLAIMS)
     return names or list(CLAIMS)
 
 

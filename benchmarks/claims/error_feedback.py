@@ -164,9 +164,9 @@ def _heterogeneous(quick: bool) -> Outcome:
 
 def _diverging(quick: bool) -> Outcome:
     del quick  # immediate
-    last = {rule: float(diverging(rule)[-1]) for rule in RULES}
-    without = diverging("no memory")
-    left = int(np.argmax(without > 1e12))
+    norms = {rule: diverging(rule) for rule in RULES}
+    last = {rule: float(curve[-1]) for rule, curve in norms.items()}
+    left = int(np.argmax(norms["no memory"] > 1e12))
     listed = "; ".join(
         f"{rule}: {'diverges' if np.isinf(norm) else f'{norm:.1g}'}" for rule, norm in last.items()
     )

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxopt_suite.core.errors import UserError
+from benchmarks import _results
 
 MESH, SEEDS = "worker=8", 3
 
@@ -52,9 +52,7 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
       UserError: if there is no such variant.
     """
     known = [variant.name for variant in VARIANTS]
-    for name in names:
-        if name not in known:
-            raise UserError(f"no variant {name!r}; there are: {', '.join(known)}")
+    _results.check_names("variant", names, known)
     dense = None
     for variant in VARIANTS:
         if names and variant.name not in (known[0], *names):

@@ -10,8 +10,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import _results
 from jaxopt_suite import parallel
-from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
 from jaxopt_suite.optimizers.compression.compressor import Compressor
 from jaxopt_suite.optimizers.compression.exchange import (
@@ -72,10 +72,7 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
       UserError: if there is no place with such a mesh.
       ModuleNotFoundError: if the TPU compiler is not installed; the message says how to get it.
     """
-    meshes = [place.mesh for place in PLACES]
-    for name in names:
-        if name not in meshes:
-            raise UserError(f"no place has the mesh {name!r}; there are: {' '.join(meshes)}")
+    _results.check_names("place with mesh", names, (place.mesh for place in PLACES))
     for place in PLACES:
         if names and place.mesh not in names:
             continue

@@ -78,8 +78,9 @@ def _theirs(
         counts = itertools.count()
 
         def step() -> None:
+            rate = _rate(next(counts))
             for group in optimizer.param_groups:
-                group["lr"] = _rate(next(counts))
+                group["lr"] = rate
             optimizer.step()
 
         return step

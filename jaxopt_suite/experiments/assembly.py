@@ -149,9 +149,9 @@ def assemble_step(
                 refuse(name, getattr(config, name), "given with --mesh")
     worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
-    if config.compress is not None and worker_axis is None:
-        refuse("compress", config.compress, f"given with --mesh {WORKER_AXIS}=4 or the like")
-    if config.compress is not None and worker_axis is not None:
+    if config.compress is not None:
+        if worker_axis is None:
+            refuse("compress", config.compress, f"given with --mesh {WORKER_AXIS}=4 or the like")
         # Before, not after: what is clipped after the mean is owed no more, but the memory of what
         # was left out before would still hold the gradient at its full size.
         first = optax.chain(first, compressed(config, worker_axis))

@@ -32,10 +32,12 @@ def compressed(config: LayoutConfig, axis_name: str) -> optax.GradientTransforma
       UserError: if one of them is not what it must be.
     """
     compressor = parse_call("compress", config.compress or "", COMPRESSORS)
-    rule = config.feedback and parse_call("feedback", config.feedback, FEEDBACKS)
+    rule = None
+    if config.feedback is not None:
+        rule = parse_call("feedback", config.feedback, FEEDBACKS)
     try:
         return compressed_mean(
-            compressor, axis_name=axis_name, feedback=rule or None, exchange=config.exchange
+            compressor, axis_name=axis_name, feedback=rule, exchange=config.exchange
         )
     except ValueError as error:
         refuse("exchange", config.exchange, f"one that the compressor can do ({error})")

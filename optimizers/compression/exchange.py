@@ -31,7 +31,6 @@ from jaxopt_suite.optimizers.compression.compressor import Compressor
 
 EXCHANGES = ("auto", "mean", "gather", "two_phase")
 
-
 _Arrays = Sequence[jax.Array]
 
 

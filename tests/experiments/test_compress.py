@@ -94,6 +94,7 @@ def test_another_text_is_refused_with_what_would_be_legal(text, message):
         ({"optimizer": "demo"}, "given without demo"),
         ({"exchange": "mean"}, "one that the compressor can do .*not linear"),
         ({"feedback": "econtrol(2)"}, r"--feedback must be .*eta must be"),
+        ({"feedback": ""}, r"--feedback must be a call of one of: none\(\), ef\(\)"),
         ({"compress": None, "feedback": "ef()"}, "--compress must be given with --feedback"),
         ({"compress": None, "exchange": "gather"}, "--compress must be given with --feedback"),
     ],

@@ -31,13 +31,9 @@ def recipe(name):
 
 def updates(name, mesh=None):
     """[steps, ...], of a given sequence of gradients on every worker."""
-    params = jax.tree.map(lambda shape: np.ones(shape, np.float32), SHAPES, is_leaf=_is_shape)
+    params = {leaf: np.ones(shape, np.float32) for leaf, shape in SHAPES.items()}
     inputs = normal(SHAPES, steps=STEPS)
     return run_fleet(recipe(name), inputs, mesh=mesh, params=params)[0]
-
-
-def _is_shape(x):
-    return isinstance(x, tuple)
 
 
 @pytest.mark.parametrize("name", RECIPES)
