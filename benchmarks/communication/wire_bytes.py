@@ -109,10 +109,14 @@ def entry(compressor: Compressor, exchange: str, mesh: Mesh) -> dict[str, Any]:
         raise RuntimeError(f"collectives that run an unknown number of times: {inexact}")
     shapes = {name: _local(name, mesh) for name in WHOLE}
     way = choose(compressor, shapes["up"], workers, exchange)
-    ways = {"up": way, "down": way, "scale": "dense"}
     flag = 2 * (mesh.size - 1) / mesh.size * 4
     closed = flag + sum(
-        sent_bytes(compressor, shape, workers, ways[name]) for name, shape in shapes.items()
+        _whole_lines(
+            sum(sent_bytes(compressor, shapes[name], workers, each) for name in names),
+            workers,
+            each,
+        )
+        for each, names in ((way, ("up", "down")), ("dense", ("scale",)))
     )
     dense = sum(sent_bytes(compressor, shape, workers, "dense") for shape in shapes.values())
     sent = sum(c.total for c in found)
@@ -156,6 +160,12 @@ def _compiled(compressor: Compressor, exchange: str, mesh: Mesh) -> jax.stages.C
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in WHOLE.items()}
     batch = jax.ShapeDtypeStruct((mesh.shape["worker"], WHOLE["up"][0]), jnp.float32)
     return step.lower(params, batch).compile()
+
+
+def _whole_lines(sent: float, workers: int, way: str) -> float:
+    """``sent`` bytes with the padding of the one buffer that goes to each of the other workers."""
+    copies = {"gather": workers - 1, "two_phase": 2 * (workers - 1)}.get(way)
+    return copies * math.ceil(sent / copies / 128) * 128 if copies else sent
 
 
 def _local(name: str, mesh: Mesh) -> tuple[int, ...]:
