@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed
 DOCS_INSTALLED := $(VENV)/installed-docs
 # Type checkers and the docs read files and do not follow the folder mapping: they get a plain install.
 PLAIN := build/plain
-SOURCES := $(shell find jaxopt_suite optimizers parallel -name '*.py')
+SOURCES := $(shell find jaxopt_suite optimizers parallel scaling_laws -name '*.py')
 
 .PHONY: help demo test quick exhaustive check format docs bench wheel clean
 

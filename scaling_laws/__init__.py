@@ -1,0 +1,3 @@
+"""Scaling laws fitted from logged runs."""
+
+__all__: list[str] = []
