@@ -1,3 +1,6 @@
 """Scaling laws fitted from logged runs."""
 
-__all__: list[str] = []
+from jaxopt_suite.scaling_laws.runs import Runs as Runs
+from jaxopt_suite.scaling_laws.runs import load_runs as load_runs
+
+__all__ = ["Runs", "load_runs"]

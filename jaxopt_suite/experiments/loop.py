@@ -339,6 +339,7 @@ def _identity(config: TrainConfig, program: Program, corpus: Corpus) -> dict[str
         "set": list(config.set),
         "hyperparameters": {name: _plain(v) for name, v in program.hyperparameters.items()},
         "n_params": program.n_params,
+        "model": dataclasses.asdict(program.sizes),
     }
 
 
