@@ -105,13 +105,13 @@ def load_runs(
     for each in sources:
         collector.add(each)
     found, where = collector.finish()
+    if mode == "final":
+        _check_not_curves(found)
     if collector.bad and on_bad == "raise":
         raise BadRuns(collector.bad, collector.bad_count)
     dropped = (*collector.bad, *collector.excluded)
     _check_any(where, dropped, [each.name for each in sources])
     _check_loss(found)
-    if mode == "final":
-        _check_not_curves(found)
     rules = _rules(found, where, stated, sources)
     rules["loss_kind"] = rules["loss_kind"] or _KINDS.get(collector.sources["loss"])
     runs = _derived(found, where, dropped, rules, collector.sources)
