@@ -61,7 +61,7 @@ class Collector:
         self.excluded: list[Dropped] = []
         self.sources: dict[str, str] = {}
         self._first_file: dict[str, str] = {}  # that has the column
-        self._cells: dict[str, array.array[float] | list[str]] = {}
+        self._cells: dict[str, Any] = {}  # arrays of float64, lists of str
         self._files: list[str] = []
         self._file, self._line = array.array("i"), array.array("q")
         self._last: dict[str, int] = {}  # of each run: the row that holds its last record
@@ -168,28 +168,28 @@ class Collector:
             return
         steps = self._cells["step"]
         if step == steps[at]:
-            where = Origins(self._files, self._file, self._line)[at]
+            where = f"{self._files[self._file[at]]}:{self._line[at]}"
             self._bad(line, f"step {step:g} of run {run!r} is at {where} already", "")
         elif step > float(steps[at]):
             self._file[at], self._line[at] = len(self._files) - 1, line
             for name in {**self._cells, **cells}:
                 column = self._column(name)
-                column[at] = cells.get(name, _absent(column))  # type: ignore[index]
+                column[at] = cells.get(name, _absent(column))
 
     def _append(self, cells: Cells, line: int) -> None:
         for name in cells:
             self._column(name)
         for name, column in self._cells.items():
-            column.append(cells.get(name, _absent(column)))  # type: ignore[arg-type]
+            column.append(cells.get(name, _absent(column)))
         self._file.append(len(self._files) - 1)
         self._line.append(line)
 
-    def _column(self, name: str) -> "array.array[float] | list[str]":
+    def _column(self, name: str) -> Any:
         """The values of a column so far; rows before its first one have none."""
         if name not in self._cells:
             text = name in names.TEXT or name in self._text
-            empty: array.array[float] | list[str] = [] if text else array.array("d")
-            empty.extend([_absent(empty)] * len(self))  # type: ignore[list-item]
+            empty: Any = [] if text else array.array("d")
+            empty.extend([_absent(empty)] * len(self))
             self._cells[name] = empty
         return self._cells[name]
 
@@ -213,19 +213,18 @@ class Collector:
 
     def finish(self) -> tuple[dict[str, np.ndarray], Origins]:
         """The columns, float64 or object ``[rows]``, and where the rows were read."""
-        where = Origins(self._files, np.array(self._file, np.int32), np.array(self._line, np.int64))
+        where = Origins(self._files, np.asarray(self._file), np.asarray(self._line))
         columns = {
-            name: np.array(values, np.float64 if isinstance(values, array.array) else object)
+            name: np.array(values, object) if isinstance(values, list) else np.asarray(values)
             for name, values in self._cells.items()
         }
         keep = self._complete(columns, where) & ~self._without_end(columns, where)
-        columns = {name: values[keep] for name, values in columns.items()}
-        where = where.take(keep)
+        columns, where = _rows(columns, where, keep)
         once = np.ones(len(where), bool)
         for row, earlier in repeated_rows(columns, final=self._final):
             self._note_bad(Dropped(where[row], f"repeats {where[earlier]}"))
             once[row] = False
-        return {name: values[once] for name, values in columns.items()}, where.take(once)
+        return _rows(columns, where, once)
 
     def _complete(self, columns: Mapping[str, np.ndarray], where: Origins) -> np.ndarray:
         """Rows that lack no value they need, bool ``[rows]``; the others are bad."""
@@ -233,7 +232,7 @@ class Collector:
         for name in sorted(names.NEEDED & columns.keys()):
             values = columns[name]
             missing = values == "" if values.dtype == object else np.isnan(values)
-            for row in np.flatnonzero(missing & complete):
+            for row in np.flatnonzero(missing & complete).tolist():
                 self._note_bad(Dropped(where[row], f"{name} is missing"))
             complete &= ~missing
         return complete
@@ -254,6 +253,15 @@ def _untrained(row: Row, columns: list[_Column]) -> bool:
     """Whether no token has been seen yet: there is no law for that, and no mistake either."""
     tokens = [row.values.get(column.source) for column in columns if column.name == "D"]
     return bool(tokens) and str(tokens[0]) in ("0", "0.0")
+
+
+def _rows(
+    columns: dict[str, np.ndarray], where: Origins, keep: np.ndarray
+) -> tuple[dict[str, np.ndarray], Origins]:
+    """Those that are kept; all of them without a copy."""
+    if keep.all():
+        return columns, where
+    return {name: values[keep] for name, values in columns.items()}, where.take(keep)
 
 
 def _absent(column: Any) -> float | str:

@@ -1,6 +1,7 @@
 """The columns a table of runs may have: their names, what files call them, how values are read."""
 
 import math
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -187,7 +188,7 @@ def _read_flag(value: Any) -> float:
 def _read_text(value: Any) -> str:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise Missing("is missing")
-    text = str(value)
+    text = sys.intern(str(value))  # most texts are there in thousands of rows
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -98,7 +98,8 @@ def event_rows(path: pathlib.Path, run_id: str) -> Rows:
 
 def _event(data: bytes) -> tuple[int, dict[str, float]]:
     """The step of an event and its scalars."""
-    step, values = 0, {}
+    step = 0
+    values: dict[str, float] = {}
     for field, value in _fields(data):
         if field == 2:
             step = value - (1 << 64) if value >> 63 else value

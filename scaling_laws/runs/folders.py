@@ -125,7 +125,7 @@ def _run_rows(path: pathlib.Path, run_id: str, *, counted: bool) -> Rows:
             continue
         record = row.values
         finished = {"decay_finished": record.get("step") == steps}
-        yield Row(row.line, facts | record | finished, _diverged(record))
+        yield Row(row.line, {**facts, **record, **finished}, _diverged(record))
 
 
 def _diverged(record: Mapping[str, Any]) -> str:

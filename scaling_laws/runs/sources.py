@@ -155,15 +155,16 @@ def frame_rows(columns: Mapping[str, Any]) -> Rows:
                 f"columns must be one-dimensional and of one length, got {array.shape} for "
                 f"{name!r} and {arrays[0].shape} for {names[0]!r}"
             )
-    for number, values in enumerate(zip(*arrays, strict=True)):
-        yield Row(number, dict(zip(names, values, strict=True)))
+    for number in range(len(arrays[0]) if arrays else 0):
+        yield Row(number, {name: x[number] for name, x in zip(names, arrays, strict=True)})
 
 
 def _array(values: Any) -> np.ndarray:
     """A column of a frame; what pandas takes for missing is None where NumPy has no NaN."""
     if hasattr(values, "isna") and not isinstance(values.dtype, np.dtype):
-        array = values.to_numpy(dtype=object)
-        return np.where(values.isna(), None, array)
+        array = np.array(values, dtype=object)
+        array[np.asarray(values.isna(), bool)] = None
+        return array
     return np.asarray(values)
 
 

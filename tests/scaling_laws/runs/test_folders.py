@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.config import TrainConfig
+from jaxopt_suite.experiments.data import Corpus
 from jaxopt_suite.experiments.loop import train
 from jaxopt_suite.scaling_laws import load_runs
 from jaxopt_suite.scaling_laws.conventions import FLOP_RULES, Shape
@@ -40,19 +42,22 @@ FINISHED = [
 ]  # fmt: skip
 
 
-def test_a_run_that_was_trained_is_read_as_it_is(tmp_path):
+def test_a_run_that_was_trained_is_read_as_it_is(tmp_path, monkeypatch):
     """The formats are the loop's own, so the loop writes this one."""
+    small = model.ModelConfig(8, 1, 1, 16)  # compiles sooner than a real preset
+    monkeypatch.setattr(model, "PRESETS", {"nano": small})
+    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 20, np.uint8)
     config = TrainConfig(
         steps=4, eval_every=2, log_every=1, batch_size=2, seq_len=16, eval_batches=1,
         learning_rate=0.004, seed=3, out=str(tmp_path / "sweep" / "one"),
     )  # fmt: skip
-    result = train(config)
+    result = train(config, corpus=Corpus("sentences", text, text))
     runs = load_runs(tmp_path, flops="6ND")
     records = result.run.read()
     assert list(runs["run_id"]) == ["sweep/one"]
     expected = {
         "N": result.n_params, "D": 4 * 2 * 16, "loss": records[-1]["val_loss"], "lr": 0.004,
-        "seed": 3, "steps": 4, "batch_tokens": 32, "width": 96, "depth": 2, "vocab": 256,
+        "seed": 3, "steps": 4, "batch_tokens": 32, "width": 8, "depth": 1, "vocab": 256,
         "C": 6 * result.n_params * 128,
     }  # fmt: skip
     assert {name: runs[name][0] for name in expected} == expected
