@@ -43,7 +43,7 @@ def mask_of(keep: str | Callable[..., Any], columns: Mapping[str, np.ndarray]) -
       columns: float64 or object ``[rows]``.
 
     Returns:
-      bool ``[rows]``. A comparison with a missing value is false.
+      bool ``[rows]``. A comparison with a missing number is false, but for ``!=`` and ``not in``.
 
     Raises:
       TypeError, ValueError: if ``keep`` is neither, names a column that is not there, or its value

@@ -112,7 +112,7 @@ def load_runs(
     dropped = (*collector.bad, *collector.excluded)
     _check_any(where, dropped, [each.name for each in sources])
     _check_loss(found)
-    rules = _rules(found, where, stated, sources)
+    rules = _rules(found, where, stated, sources, collector.sources.get("N"))
     rules["loss_kind"] = rules["loss_kind"] or _KINDS.get(collector.sources["loss"])
     runs = _derived(found, where, dropped, rules, collector.sources)
     if mode == "final" and unfinished == "drop" and "decay_finished" in runs.columns:
@@ -181,6 +181,7 @@ def _rules(
     where: Origins,
     stated: Mapping[str, str | None],
     sources: Iterable[Source],
+    size_key: str | None,
 ) -> dict[str, str | None]:
     """The conventions by their names in ``Conventions``; takes their columns out of ``found``."""
     result: dict[str, str | None] = {}
@@ -190,7 +191,8 @@ def _rules(
             for row, value in enumerate(found.pop(column)):
                 values.setdefault(value or None, where[row])
         for source in sources:
-            if column in source.conventions:
+            # What a reader knows of N holds for the key that it would have taken.
+            if column in source.conventions and size_key == source.defaults.get("N"):
                 values.setdefault(source.conventions[column], source.name)
         if stated[column] is not None:
             values.setdefault(stated[column], "the argument")

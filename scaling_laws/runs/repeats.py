@@ -44,7 +44,9 @@ def _hashes(values: list[np.ndarray]) -> np.ndarray:
         if column.dtype == object:
             bits = np.fromiter(map(hash, column), np.int64, len(column)).view(np.uint64)
         else:
-            bits = (np.where(np.isnan(column), np.nan, column) + 0.0).view(np.uint64)
+            bits = (column + 0.0).view(
+                np.uint64
+            )  # -0 is 0; what is missing is one and the same NaN
         mixed = (mixed ^ bits) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     return mixed

@@ -126,6 +126,13 @@ def test_n_and_c_follow_from_the_sizes_by_the_named_rules(tmp_path):
     np.testing.assert_allclose(full, FLOP_RULES["full_sum"].of(shape) * 2560, rtol=1e-15)
 
 
+def test_a_size_of_ones_own_is_not_said_to_be_the_total(tmp_path):
+    run_folder(tmp_path / "a", FINISHED, active_params=1000)
+    runs = load_runs(tmp_path, columns="N=active_params")
+    assert runs["N"][0] == 1000
+    assert runs.conventions.n_rule is None
+
+
 def test_what_a_run_of_an_older_version_lacks_is_named(tmp_path):
     path = run_folder(tmp_path / "a", FINISHED)
     config = json.loads((path / "config.json").read_text())

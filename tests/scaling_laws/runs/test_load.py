@@ -168,6 +168,9 @@ def test_without_run_id_a_row_repeats_another_if_all_values_do():
     with pytest.raises(BadRuns, match="frame:3: repeats frame:0"):
         load_runs(lacking)
     assert len(load_runs(table | {"seed": [0, 1, 2, 3]})) == 4
+    signed = {"N": [1.0, 1.0], "loss": [2.0, 2.0], "seed": [0.0, -0.0]}
+    with pytest.raises(BadRuns, match="frame:1: repeats frame:0"):
+        load_runs(signed)
 
 
 def test_a_missing_description_is_not_a_number_and_never_zero(tmp_path):
