@@ -151,7 +151,8 @@ def assemble_step(
             if getattr(config, name):
                 refuse(name, getattr(config, name), "given with --mesh")
     worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
-    if watched is not None and (communicates or worker_axis is None or mesh.shape[worker_axis] < 2):
+    workers = 1 if mesh is None else mesh.shape.get(WORKER_AXIS, 1)
+    if watched is not None and (communicates or workers < 2):
         legal = f"given with --mesh {WORKER_AXIS}=4 or the like, and an optimizer that leaves the "
         refuse("noise_scale", True, legal + "mean over workers to the step")
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
@@ -163,9 +164,8 @@ def assemble_step(
         first = optax.chain(first, compressed(config, worker_axis))
     elif worker_axis is not None and not communicates:
         mean = mean_over(worker_axis)
-        if watched is not None and mesh is not None:
-            size = watched // mesh.shape[worker_axis]
-            mean = noise_scale(mean, axis_name=worker_axis, batch_size=size)
+        if watched is not None:
+            mean = noise_scale(mean, axis_name=worker_axis, batch_size=watched // workers)
         first = optax.chain(mean, first)
     try:
         return make_train_step(

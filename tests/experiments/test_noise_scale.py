@@ -27,6 +27,7 @@ def records(path, **options):
     return train(config, corpus=Corpus("sentences", TEXT, TEXT)).run.read()
 
 
+@pytest.mark.slow
 def test_it_is_logged_and_the_losses_stay_as_they_are(tmp_path):
     plain = records(tmp_path / "plain")
     watched = records(tmp_path / "watched", noise_scale=True)
