@@ -1,3 +1,56 @@
 """Scaling laws fitted from logged runs."""
 
-__all__: list[str] = []
+from jaxopt_suite.scaling_laws import laws, objectives
+from jaxopt_suite.scaling_laws.certificate import Certificate
+from jaxopt_suite.scaling_laws.comparison import Score, compare
+from jaxopt_suite.scaling_laws.fit_result import Band, Fit
+from jaxopt_suite.scaling_laws.fitting import certify, fit
+from jaxopt_suite.scaling_laws.frontier import Frontier
+from jaxopt_suite.scaling_laws.law import (
+    Law,
+    Parameter,
+    Preset,
+    coefficient,
+    exponent,
+    floor,
+    power,
+)
+from jaxopt_suite.scaling_laws.objectives import absolute, huber, quantile, squares
+from jaxopt_suite.scaling_laws.refusals import (
+    FitRefused,
+    MixedRuns,
+    NoInteriorOptimum,
+    NotSeparable,
+    TooFewRuns,
+)
+from jaxopt_suite.scaling_laws.starts import grid
+
+__all__ = [
+    "Band",
+    "Certificate",
+    "Fit",
+    "FitRefused",
+    "Frontier",
+    "Law",
+    "MixedRuns",
+    "NoInteriorOptimum",
+    "NotSeparable",
+    "Parameter",
+    "Preset",
+    "Score",
+    "TooFewRuns",
+    "absolute",
+    "certify",
+    "coefficient",
+    "compare",
+    "exponent",
+    "fit",
+    "floor",
+    "grid",
+    "huber",
+    "laws",
+    "objectives",
+    "power",
+    "quantile",
+    "squares",
+]

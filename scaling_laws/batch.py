@@ -79,18 +79,48 @@ class Batch:
       objective: to minimise.
       rows: ``[n]`` each, or ``[problems, n]`` where every problem has its own.
       centring: matrix ``[p, p]`` of ``coordinates.centring``.
+      weights: of rows, ``[n]``, for problems that have none of their own.
+      low: bounds ``[p]`` of the solver vector, likewise; equal ones hold a parameter.
+      high: likewise.
     """
 
     law: Law
     objective: Objective
     rows: Rows
     centring: np.ndarray
+    weights: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
-    def problems(self, count: int, weights: Any, low: Any, high: Any) -> Problem:
-        """Weights ``[n]`` and bounds ``[p]`` as those of ``count`` problems; a leading axis is kept."""
-        n, p = self.rows.observed.shape[-1], len(self.law.names)
-        spread = lambda a, size: np.broadcast_to(np.asarray(a, np.float64), (count, size))
-        return Problem(spread(weights, n), spread(low, p), spread(high, p))
+    @property
+    def stages(self) -> int:
+        """How often tenfold narrowing takes delta from the spread of the data to its own value."""
+        delta = self.objective.delta
+        if not np.isfinite(delta):
+            return 0
+        widest = 1.0 if self.objective.space == "log" else float(np.ptp(self.rows.observed))
+        return max(0, int(np.ceil(np.log10(max(widest, delta) / delta))))
+
+    @property
+    def back(self) -> np.ndarray:
+        """From centred coordinates to the solver vector, ``[p, p]``."""
+        return np.linalg.inv(self.centring)
+
+    def problems(
+        self, count: int, *, weights: Any = None, low: Any = None, high: Any = None
+    ) -> Problem:
+        """``count`` problems with the batch's weights and bounds, or with others.
+
+        What is given has the batch's shape, or a leading axis ``[count]`` besides.
+        """
+        given = (weights, low, high)
+        ours = (self.weights, self.low, self.high)
+        return Problem(
+            *(
+                np.broadcast_to(a if b is None else b, (count, a.size))
+                for a, b in zip(ours, given, strict=True)
+            )
+        )
 
     @in_double
     def view(self, theta: np.ndarray, problem: Problem) -> Solutions:
@@ -113,16 +143,16 @@ class Batch:
         """
         run = _program(self.law, self.objective.space, self._own_rows)
         state = _begin(np.clip(theta, problem.low, problem.high), stages)
-        found = _empty(state.theta)
+        local = _empty(state.theta).local
         waiting = np.arange(len(theta))
         while len(waiting):
             for index in self._chunks(waiting):
-                own = _at(problem, index)
-                out = run(_at(state, index), own, self._rows(index), self._settings())
-                _store((state, found.local), index, out)
+                own = _at((state, local, problem), index)
+                out = run(*own, self._rows(index), self._settings())
+                _store((state, local), index, out)
             unfinished = ~state.done[waiting] & (state.steps[waiting] < MOST_STEPS)
             waiting = waiting[unfinished]
-        return Solutions(state.theta, found.local, state.steps)
+        return Solutions(state.theta, local, state.steps)
 
     @property
     def _own_rows(self) -> bool:
@@ -132,8 +162,7 @@ class Batch:
         return _at(self.rows, index) if self._own_rows else self.rows
 
     def _settings(self) -> Settings:
-        back = np.linalg.inv(self.centring)
-        return Settings(self.objective.delta, self.objective.q, self.centring, back)
+        return Settings(self.objective.delta, self.objective.q, self.centring, self.back)
 
     def _chunks(self, waiting: np.ndarray) -> Iterator[np.ndarray]:
         """Indices in pieces of one size; the last is filled up with repeats of its first."""
@@ -144,22 +173,15 @@ class Batch:
             yield np.concatenate([piece, np.repeat(piece[:1], size - len(piece))])
 
 
-def stages(objective: Objective, rows: Rows) -> int:
-    """How often tenfold narrowing takes delta from the spread of the data to its own value."""
-    if not np.isfinite(objective.delta):
-        return 0
-    widest = 1.0 if objective.space == "log" else float(np.ptp(rows.observed))
-    return max(0, int(np.ceil(np.log10(max(widest, objective.delta) / objective.delta))))
-
-
 def _begin(theta: np.ndarray, stages: int) -> State:
+    """States before the first look, one stage too wide: the first step narrows, and looks."""
     count = len(theta)
     full = lambda value, dtype: np.full(count, value, dtype)
     return State(
         theta=theta.astype(np.float64),
         damping=full(solver.FIRST_DAMPING, np.float64),
-        growth=full(4.0, np.float64),
-        stage=full(stages, np.int32),
+        growth=full(solver.FIRST_GROWTH, np.float64),
+        stage=full(stages + 1, np.int32),
         age=full(0, np.int32),
         steps=full(0, np.int32),
         done=full(False, bool),
@@ -167,17 +189,16 @@ def _begin(theta: np.ndarray, stages: int) -> State:
 
 
 def _empty(theta: np.ndarray) -> Solutions:
-    """Solutions of which nothing but the vectors is known."""
+    """Solutions of which nothing but the vectors is known; a cosine of 0 says: go on."""
     count, p = theta.shape
-    scalar, matrix = np.full(count, np.inf), np.full((count, p, p), np.nan)
     local = Local(
-        value=scalar.copy(),
-        gradient=np.full((count, p), np.nan),
-        hessian=matrix.copy(),
-        majoriser=matrix.copy(),
-        level=scalar.copy(),
+        value=np.full(count, np.inf),
+        gradient=np.zeros((count, p)),
+        hessian=np.zeros((count, p, p)),
+        majoriser=np.zeros((count, p, p)),
+        level=np.zeros(count),
         held=np.zeros((count, p), bool),
-        cosine=scalar.copy(),
+        cosine=np.zeros(count),
     )
     return Solutions(theta, local, np.zeros(count, np.int32))
 
@@ -193,13 +214,18 @@ def _store(tree: Any, index: np.ndarray, results: Any) -> None:
 
 
 def _advance(
-    law: Law, space: str, state: State, problem: Problem, rows: Rows, settings: Settings
+    law: Law,
+    space: str,
+    state: State,
+    local: Local,
+    problem: Problem,
+    rows: Rows,
+    settings: Settings,
 ) -> tuple[State, Local]:
-    """A few steps of one problem, and the objective where they end."""
+    """A few steps of one problem, from its state and the objective there to the next of both."""
     around = lambda theta, stage: solver.look(law, space, theta, problem, rows, settings, stage)
     once = lambda _, carry: solver.iterate(around, problem, settings, *carry)
-    start = (state, around(state.theta, state.stage))
-    return jax.lax.fori_loop(0, STEPS, once, start)
+    return jax.lax.fori_loop(0, STEPS, once, (state, local))
 
 
 def _view(
@@ -211,7 +237,7 @@ def _view(
 @functools.lru_cache(maxsize=128)
 def _program(law: Law, space: str, own_rows: bool) -> Callable[..., tuple[State, Local]]:
     """``_advance`` compiled for chunks; with ``own_rows`` the rows have a leading axis too."""
-    axes = (0, 0, 0 if own_rows else None, None)
+    axes = (0, 0, 0, 0 if own_rows else None, None)
     return jax.jit(jax.vmap(functools.partial(_advance, law, space), in_axes=axes))
 
 

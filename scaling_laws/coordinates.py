@@ -1,10 +1,10 @@
 """From a law's parameters to the vector the solver moves, and back.
 
 The vector ``theta`` has the logarithms of positive parameters and the others as they are, so that
-bounds stay a box. Beside it stand *centred* coordinates ``z = centring @ theta``: the logarithm of a
-coefficient plus its exponents times the mean logarithms of its inputs, which is the size of its term
-in the middle of the runs. The solver measures steps and spreads starts in those. On the Chinchilla
-runs centring takes the condition number of the Gauss-Newton matrix from 4e6 to 4e3.
+bounds stay a box. Beside it stand *centred* coordinates ``z = centring @ theta``: the logarithm of
+a coefficient plus its exponents times the mean logarithms of its inputs, which is the size of its
+term in the middle of the runs. The solver measures steps and spreads starts in those. On the
+Chinchilla runs centring takes the condition number of the Gauss-Newton matrix from 4e6 to 4e3.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def to_theta(law: Law, values: Mapping[str, Any]) -> np.ndarray:
 
 
 def from_theta(law: Law, theta: Any) -> dict[str, Any]:
-    """Parameters by name of solver vectors ``[..., p]``; NumPy in, NumPy out, traced in, traced out."""
+    """Parameters by name of solver vectors ``[..., p]``, in arrays of the same kind."""
     numpy = np if isinstance(theta, np.ndarray) else jnp
     return {
         p.name: numpy.exp(theta[..., i]) if p.positive else theta[..., i]
@@ -42,11 +42,24 @@ def from_theta(law: Law, theta: Any) -> dict[str, Any]:
     }
 
 
-def box(law: Law) -> tuple[np.ndarray, np.ndarray]:
-    """Lower and upper bounds ``[p]`` of the solver vector."""
+def box(law: Law, fixed: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds ``[p]`` of the solver vector, equal for parameters that are held.
+
+    Raises:
+      ValueError: if a value to hold is not finite, not positive where it must be, or of no
+        parameter.
+    """
     with np.errstate(divide="ignore"):
         bounds = np.array([np.log(p.bounds) if p.positive else p.bounds for p in law.parameters])
-    return bounds[:, 0], bounds[:, 1]
+    low, high = bounds[:, 0].copy(), bounds[:, 1].copy()
+    for name, value in fixed.items():
+        parameter = law.parameter(name)
+        if not (np.isfinite(value) and (value > 0 or not parameter.positive)):
+            kind = "positive and finite" if parameter.positive else "finite"
+            raise ValueError(f"{name} can be fixed at a {kind} value, got {value}")
+        index = law.names.index(name)
+        low[index] = high[index] = np.log(value) if parameter.positive else value
+    return low, high
 
 
 def centring(law: Law, columns: Mapping[str, np.ndarray]) -> np.ndarray:

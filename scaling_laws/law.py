@@ -13,9 +13,9 @@
         predict=predict,
     )
 
-``predict`` gets mappings from names to arrays, all inputs of one shape, and returns an array of that
-shape; it is traced by JAX and differentiated twice, so it uses ``jax.numpy`` and plain arithmetic.
-Rules that make a law fit well:
+``predict`` gets mappings from names to arrays, all inputs of one shape, and returns an array of
+that shape; it is traced by JAX and differentiated twice, so it uses ``jax.numpy`` and plain
+arithmetic. Rules that make a law fit well:
 
 - Write a power as ``power(x, a)``: twice as fast as ``x**a`` under XLA on a CPU.
 - Any column can be an input: unique tokens, experts, batch size, a learning rate. A categorical one
@@ -24,9 +24,9 @@ Rules that make a law fit well:
 - A piecewise law uses ``jnp.where`` with both branches finite. One that is given implicitly solves
   its equation by a fixed number of Newton steps inside ``predict``. Where automatic derivatives are
   slow or wrong, ``jax.custom_jvp`` on ``predict`` supplies analytic ones.
-- ``of`` says which powers a coefficient multiplies. It is optional and changes no optimum: the solver
-  then works with the size of that term in the middle of the runs, which moves independently of the
-  exponent, and starts are spread there. Without it, give the coefficient a ``start``.
+- ``of`` says which powers a coefficient multiplies. It is optional and changes no optimum: the
+  solver then works with the size of that term in the middle of the runs, which moves independently
+  of the exponent, and starts are spread there. Without it, give the coefficient a ``start``.
 - A law of another quantity than the loss names its column in ``output``.
 """
 

@@ -8,9 +8,10 @@ $r = \hat y - y$, and the objective $\sum_i w_i \rho(r_i)$, a sum and never a me
     absolute()         |r|
     quantile(q)        2 q |r| where y > prediction, 2 (1 - q) |r| elsewhere
 
-The last two are solved with their corner rounded within ``delta`` of zero, like Huber's. ``q`` is the
-share of runs that should lie below the curve: 1/11 weighs over-prediction ten times, which follows
-the best runs. All tests of the solver are relative, so that the scale of the objective means nothing.
+The last two are solved with their corner rounded within ``delta`` of zero, like Huber's. ``q`` is
+the share of runs that should lie below the curve: 1/11 weighs over-prediction ten times, which
+follows the best runs. All tests of the solver are relative, so that the scale of the objective
+means nothing.
 """
 
 import dataclasses

@@ -1,14 +1,16 @@
 r"""Many robust fits at once: damped Newton steps on the true objective, vectorised over problems.
 
-For $F(\theta) = \sum_i w_i \rho_\delta(r_i(\theta))$ with the Jacobian $J$ of the residuals, a step is
+For $F(\theta) = \sum_i w_i \rho_\delta(r_i(\theta))$ with the Jacobian $J$ of the residuals, a step
+is
 
 $$(H + \lambda D)\, s = -J^\top w \psi, \qquad
 H = J^\top \mathrm{diag}(w \rho'') J + \sum_i w_i \psi_i \nabla^2 r_i,$$
 
 the semi-smooth Newton step, or, where that matrix is not positive definite, the Levenberg-Marquardt
-step with $B = J^\top \mathrm{diag}(w \min(1, \delta/|r|)) J$ (iteratively re-weighted least squares) in
-place of $H$. $D$ is the diagonal of $B$ in centred coordinates, which makes damping independent of
-the scales of the parameters. A step is taken if the true objective falls, and $\lambda$ follows.
+step with $B = J^\top \mathrm{diag}(w \min(1, \delta/|r|)) J$ (iteratively re-weighted least
+squares) in place of $H$. $D$ is the diagonal of $B$ in centred coordinates, which makes damping
+independent of the scales of the parameters. A step is taken if the true objective falls, and
+$\lambda$ follows.
 
 *Continuation.* Huber's $\delta$ starts wide and is narrowed tenfold whenever the problem with the
 present one is nearly solved: far from the data almost all residuals would be in the linear part.
@@ -16,10 +18,10 @@ present one is nearly solved: far from the data almost all residuals would be in
 *Bounds* are a box: a parameter at a bound with the gradient pointing out is held, the others move,
 and a step that would leave the box is clipped (Bertsekas 1982). Equal bounds hold a parameter.
 
-*Convergence.* The gradient is measured as the cosine between the weighted residuals and each centred
-column of the Jacobian, over the parameters free to move; a problem is done when the largest is below
-``GRADIENT``, when the residuals are at round-off, or when no damping makes the objective fall.
-Nothing here claims success: ``certificate`` judges.
+*Convergence.* The gradient is measured as the cosine between the weighted residuals and each
+centred column of the Jacobian, over the parameters free to move; a problem is done when the largest
+is below ``GRADIENT``, when the residuals are at round-off, or when no damping makes the objective
+fall. Nothing here claims success: ``certificate`` judges.
 
 This file is one problem; ``batch`` runs many at once.
 """
@@ -38,7 +40,9 @@ NEARLY = 1e-2  # cosine at which a wider delta has served
 PATIENCE = 12  # steps at a wider delta, at most
 ROUND_OFF = 1e-14  # root mean square of residuals that is as good as none
 FIRST_DAMPING = 1e-3
+FIRST_GROWTH = 4.0
 LEAST_DAMPING = 1e-14
+LEAST_LENGTH = 1e-12  # squared length of a column, relative to the longest
 STUCK = 1e12  # damping beyond which no step helps
 
 
@@ -112,13 +116,13 @@ def look(
     irls = problem.weights * objectives.majoriser(r, delta, q)
     smooth = problem.weights * objectives.curvature(r, delta, q)
     bend = jax.hessian(lambda t: jnp.sum(pull * residuals(t)))(theta)
-    gradient, majoriser = jacobian @ pull, (jacobian * irls) @ jacobian.T
+    gradient, majoriser = jacobian @ pull, (jacobian * irls[None, :]) @ jacobian.T
     squares = jnp.sum(irls * r * r)
     held = _held(theta, gradient, problem)
     return Local(
         value=jnp.sum(problem.weights * objectives.rho(r, delta, q)),
         gradient=gradient,
-        hessian=(jacobian * smooth) @ jacobian.T + bend,
+        hessian=(jacobian * smooth[None, :]) @ jacobian.T + bend,
         majoriser=majoriser,
         level=jnp.sqrt(squares / jnp.sum(irls)),
         held=held,
@@ -145,7 +149,9 @@ def _cosine(free: Any, majoriser: Any, squares: Any, back: Any) -> Any:
 def damped_step(local: Local, damping: Any, settings: Settings) -> Any:
     """The step ``[p]`` of the module's text; zero for parameters that are held."""
     lengths = _lengths(local.majoriser, settings.back)
-    added = damping * (settings.centring.T * lengths) @ settings.centring
+    # A term that has vanished has a column of zeros: it is damped too, or nothing could move.
+    lengths = jnp.maximum(lengths, LEAST_LENGTH * jnp.max(lengths))
+    added = damping * (settings.centring.T * lengths[None, :]) @ settings.centring
     blocked = local.held[:, None] | local.held[None, :]
     eye = jnp.eye(local.held.size)
     factor = lambda matrix: jnp.linalg.cholesky(jnp.where(blocked, eye, matrix + added))
@@ -197,7 +203,7 @@ def iterate(
     after = State(
         theta=jnp.where(taken, trial, state.theta),
         damping=jnp.where(narrow, FIRST_DAMPING, damping),
-        growth=jnp.where(taken, 4.0, 2 * state.growth),
+        growth=jnp.where(taken, FIRST_GROWTH, 2 * state.growth),
         stage=stage,
         age=jnp.where(narrow, 0, state.age + 1),
         steps=state.steps + 1,
