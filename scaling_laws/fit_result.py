@@ -164,7 +164,8 @@ class Fit:
         index = self.law.names.index(name)
         reach = student_quantile(level, self.degrees) * np.sqrt(self.covariance[index, index])
         ends = self.theta[index] + np.array([-reach, reach])
-        low, high = (np.exp(ends) if parameter.positive else ends).tolist()
+        with np.errstate(over="ignore"):  # what is not determined at all ends at infinity
+            low, high = (np.exp(ends) if parameter.positive else ends).tolist()
         return low, high
 
     def profile(self, name: str) -> Profile:

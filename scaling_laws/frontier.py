@@ -168,7 +168,7 @@ def _search(
     others: Mapping[str, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     shape = np.broadcast_shapes(flops.shape, *(np.shape(v) for v in values.values()))
-    columns = {name: np.asarray(value)[..., None] for name, value in values.items()}
+    columns = {name: np.broadcast_to(value, shape)[..., None] for name, value in values.items()}
     budget = np.broadcast_to(flops, shape)[..., None]
     low, high = (np.full((*shape, 1), np.log(edge)) for edge in SEARCHED)
     for zoom in range(_ZOOMS):

@@ -235,7 +235,7 @@ def test_runs_that_cannot_tell_the_exponents_apart_are_refused(runs):
 
 
 def test_too_few_runs_are_refused_unless_allowed(runs):
-    few = {name: column[::6] for name, column in runs.items()} | {"D": runs["D"][::7]}
+    few = {name: column[[0, 5, 9, 20, 26, 33]] for name, column in runs.items()}
     with pytest.raises(scaling_laws.TooFewRuns, match="at least 7 runs, got 6"):
         _fit(few)
     found = _fit(few, allow=("few_runs",))
