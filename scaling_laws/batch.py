@@ -21,7 +21,7 @@ from jaxopt_suite.scaling_laws.solver import Local, Problem, Rows, Settings, Sta
 CHUNK = 256  # problems in one program: with 240 runs and 5 parameters 2.5 MB of Jacobians
 SMALL_CHUNK = 16
 CHUNK_ROWS = 2**20  # at most so many rows in one program
-STEPS = 6  # between two looks at which problems are done
+STEPS = 4  # between two looks at which problems are done
 MOST_STEPS = 600
 
 ACCEPTED = 1e-6  # cosine below which a gradient counts as zero
