@@ -101,7 +101,7 @@ def _minimise(
         gradient = np.array([pull @ size, pull @ tokens, pull.sum() * floor, *by_exponent])
         return weights @ (inside * (r - 0.5 * inside)) / DELTA, back.T @ gradient
 
-    start = np.linalg.solve(back, np.where(np.arange(5) == 2, np.log(theta), theta))
+    start = np.linalg.solve(back, np.concatenate([theta[:2], [np.log(theta[2])], theta[3:]]))
     with np.errstate(all="ignore"):
         found = optimize.minimize(
             evaluate if by_hand else lambda z: evaluate(z)[0],
