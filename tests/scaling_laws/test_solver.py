@@ -1,5 +1,7 @@
 """Derivatives, objectives and bounds of the solver against hand computation in NumPy."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -189,3 +191,24 @@ def test_a_grid_is_every_combination():
     grid = scaling_laws.grid(A=[1, 2], alpha=[0.1, 0.2, 0.3])
     assert grid["A"].tolist() == [1, 1, 1, 2, 2, 2]
     assert grid["alpha"].tolist() == [0.1, 0.2, 0.3] * 2
+
+
+def test_a_centred_coefficient_is_the_size_of_its_term_in_the_middle_of_the_runs(batch):
+    made = batch(scaling_laws.squares())
+    z = made.centring @ THETA
+    middle = np.exp(np.mean(np.log(made.rows.inputs["D"])))
+    assert z[1] == pytest.approx(np.log(np.exp(6.1) * middle**-0.28), rel=1e-12)
+    np.testing.assert_array_equal(z[2:], THETA[2:])
+
+
+def test_each_finding_alone_denies_convergence():
+    good = scaling_laws.Certificate(1.0, 1e-10, 1e-9, 0.01, 1.0, 0.0, True, 1e3, (), ())
+    status = lambda **found: dataclasses.replace(good, **found).status
+    assert status() == "converged"
+    assert status(gradient=1e-5) == "not a minimum"
+    assert status(restart_gain=1e-5) == "not a minimum"
+    assert status(curved=False) == "not a minimum"
+    assert status(bounds=("E",)) == "bound"
+    assert status(flat=(("A", "B"),)) == "flat"
+    # Nothing left over: gradients and values are round-off and mean nothing.
+    assert status(residual=1e-13, gradient=0.9, restart_gain=0.5) == "converged"
