@@ -108,7 +108,7 @@ class Fit:
     def degrees(self) -> int:
         """Degrees of freedom: runs with a weight less fitted parameters."""
         fitted = len(self.law.names) - len(self.fixed)
-        return int(np.count_nonzero(self.table.weights)) - fitted
+        return self.table.used - fitted
 
     @functools.cached_property
     def residuals(self) -> np.ndarray:

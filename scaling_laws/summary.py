@@ -12,7 +12,7 @@ def summary(fit: "Fit", level: float = 0.9) -> str:
     """Coefficients with standard errors and intervals, the objective, the certificate, warnings."""
     lines = [
         f"{fit.law.name}: {fit.law.formula}",
-        f"{fit.table.n} runs, {fit.objective}: {fit.certificate.objective:.9g}",
+        f"{fit.table.used} runs, {fit.objective}: {fit.certificate.objective:.9g}",
         *(f"{name}: {value}" for name, value in fit.table.conventions.items()),
         "",
         *_rows(fit, level),
@@ -37,14 +37,14 @@ def warnings(fit: "Fit") -> list[str]:
         found.append(f"only {certificate.agreement:.0%} of the starts reached this optimum")
     if fit.draws is not None and fit.draws.unsolved:
         found.append(f"{fit.draws.unsolved} resamples were not solved and are left out")
-    if fit.table.n < FEW:
-        found.append(f"{fit.table.n} runs leave {fit.degrees} degrees of freedom")
+    if fit.table.used < FEW:
+        found.append(f"{fit.table.used} runs leave {fit.degrees} degrees of freedom")
     found += [f"the check of {name} was left out" for name in fit.allow]
     return found
 
 
 def _rows(fit: "Fit", level: float) -> list[str]:
-    few = f"  ({fit.degrees} d.o.f.)" if fit.table.n < FEW else ""
+    few = f"  ({fit.degrees} d.o.f.)" if fit.table.used < FEW else ""
     rows = [f"{'':10} {'value':>12} {'std. error':>12}  interval"]
     for parameter in fit.law.parameters:
         name = parameter.name

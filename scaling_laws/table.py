@@ -38,6 +38,11 @@ class Table:
         return len(self.observed)
 
     @property
+    def used(self) -> int:
+        """Number of runs with a weight."""
+        return int(np.count_nonzero(self.weights))
+
+    @property
     def digest(self) -> str:
         """SHA-256 of names and numbers in order, to tell whether two fits saw the same runs."""
         found = hashlib.sha256()
@@ -147,11 +152,10 @@ def _weights(weights: Any, columns: Mapping[str, Any], n: int) -> np.ndarray:
 
 
 def _check_count(law: Law, table: Table, free: int, allow: Sequence[str]) -> None:
-    used = int(np.count_nonzero(table.weights))
     needed = free if "few_runs" in allow else free + 2
-    if used < needed:
+    if table.used < needed:
         raise TooFewRuns(
-            f"{law.name} with {free} parameters needs at least {needed} runs, got {used}"
+            f"{law.name} with {free} parameters needs at least {needed} runs, got {table.used}"
             + ("" if "few_runs" in allow else "; allow=('few_runs',) takes as few as parameters")
         )
 

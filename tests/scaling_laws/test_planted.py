@@ -119,7 +119,7 @@ def test_a_fit_is_in_double_precision_and_leaves_the_global_setting_alone(grid_r
     truth, losses = _planted(grid_runs)
     assert not jax.config.jax_enable_x64
     runs = {**grid_runs, "loss": losses[0]}
-    found = scaling_laws.fit(CHINCHILLA, runs, starts=16, bootstrap=0)
+    found = scaling_laws.fit(CHINCHILLA, runs, starts=12, bootstrap=0)
     assert found.coefficients["alpha"] == pytest.approx(truth["alpha"][0, 0], rel=1e-9)
     assert found.predict(grid_runs).dtype == np.float64
     assert jax.numpy.ones(1).dtype == np.float32
@@ -127,7 +127,7 @@ def test_a_fit_is_in_double_precision_and_leaves_the_global_setting_alone(grid_r
 
 def test_a_second_fit_of_as_many_runs_compiles_nothing(grid_runs):
     _, losses = _planted(grid_runs)
-    fits = lambda y: scaling_laws.fit(CHINCHILLA, {**grid_runs, "loss": y}, starts=16, bootstrap=20)
+    fits = lambda y: scaling_laws.fit(CHINCHILLA, {**grid_runs, "loss": y}, starts=12, bootstrap=16)
     fits(losses[0])
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_fit(grid_runs):
     noisy = losses[0] * np.exp(0.01 * np.random.default_rng(0).standard_normal(36))
     runs = {**grid_runs, "loss": noisy}
     texts = [
-        scaling_laws.fit(CHINCHILLA, runs, starts=16, bootstrap=20, seed=seed).to_json()
+        scaling_laws.fit(CHINCHILLA, runs, starts=12, bootstrap=16, seed=seed).to_json()
         for seed in (3, 3, 4)
     ]
     assert texts[0] == texts[1] != texts[2]

@@ -135,7 +135,7 @@ def test_a_floor_that_the_runs_do_not_have_ends_at_its_bound(grid_runs):
     """Losses that fall faster than a power law: the best floor is 0, and that is no convergence."""
     loss = 20 * grid_runs["N"] ** -0.1 + 30 * grid_runs["D"] ** -0.2 - 0.8
     runs = {**grid_runs, "loss": loss}
-    fit = scaling_laws.fit(CHINCHILLA, runs, starts=16, bootstrap=0)
+    fit = scaling_laws.fit(CHINCHILLA, runs, starts=12, bootstrap=0)
     assert fit.coefficients["E"] == 0.0
     assert fit.certificate.status == "bound"
     assert fit.certificate.bounds == ("E",)
@@ -170,7 +170,7 @@ def test_held_parameters_stay_and_the_others_are_fitted(grid_runs):
     loss = 1.7 + 400 * grid_runs["N"] ** -0.34 + 410 * grid_runs["D"] ** -0.28
     runs = {**grid_runs, "loss": loss}
     held = {"E": 1.7, "A": 400.0}
-    fit = scaling_laws.fit(CHINCHILLA, runs, fixed=held, starts=16, bootstrap=0)
+    fit = scaling_laws.fit(CHINCHILLA, runs, fixed=held, starts=12, bootstrap=0)
     assert fit.coefficients["A"] == pytest.approx(400, rel=1e-14)  # exp of a logarithm
     assert fit.coefficients["E"] == 1.7
     assert fit.coefficients["beta"] == pytest.approx(0.28, rel=1e-9)
