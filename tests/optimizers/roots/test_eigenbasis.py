@@ -1,4 +1,4 @@
-"""Eigenbases: of a decomposition, of SOAP's step, what follows them, and what is kept of the old."""
+"""Eigenbases: of a decomposition, of SOAP's step, and what follows them."""
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,7 @@ def test_steps_of_qr_converge_to_the_decomposition():
     for _ in range(12):  # ratios of 4: 4**-12 = 6e-8
         found = solve(a, previous=found.basis, method="qr")
     exact = solve(a, previous=found.basis)
-    np.testing.assert_allclose(
-        found.basis, exact.basis, atol=1e-3
-    )  # gaps down to 2e-4: 6e-8 / 2e-4
+    np.testing.assert_allclose(found.basis, exact.basis, atol=1e-3)  # gaps of 2e-4: 6e-8 / 2e-4
     np.testing.assert_allclose(found.eigenvalues[0], 4.0 ** -np.arange(8), atol=1e-6)
     assert found.permutation[0].tolist() == list(range(8))
 

@@ -1,4 +1,4 @@
-"""Inverse roots of stacks: against float64, at every scale, padded, broken, and what guards them."""
+"""Inverse roots of stacks: against float64, at every scale, padded, broken, and their guards."""
 
 from fractions import Fraction
 
@@ -16,9 +16,9 @@ solve = jax.jit(roots.inverse_root, static_argnames=("order", "solver", "damping
 EXACT = ["eigh", "coupled_newton", "coupled_higher_order", "newton_db"]
 ALL = [*EXACT, "chebyshev"]
 ORDERS = {
-    "eigh": [1, 2, 3, 4, Fraction(5, 2), Fraction(1, 2)],
+    "eigh": [1, 4, Fraction(5, 2), Fraction(1, 2)],
     "coupled_newton": [1, 2, 3, 4],
-    "coupled_higher_order": [1, 2, 3, 4, Fraction(5, 2), Fraction(1, 2)],
+    "coupled_higher_order": [2, 4, Fraction(5, 2)],
     "newton_db": [2, 4, 8],
 }
 CASES = [(name, order) for name, orders in ORDERS.items() for order in orders]
@@ -37,7 +37,7 @@ def test_roots_agree_with_float64_at_every_scale(solver, order):
 
 
 @pytest.mark.parametrize("solver", EXACT)
-@pytest.mark.parametrize("condition", [1e2, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("condition", [1e6, 1e12])
 def test_ill_conditioned_roots_are_those_of_the_damped_matrix(solver, condition):
     a = psd.stack_of(condition)
     found = solve(a, 4, solver=solver)

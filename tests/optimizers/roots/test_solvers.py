@@ -109,7 +109,7 @@ def test_chebyshev_coefficients_interpolate_the_function():
 
 def test_each_matrix_stops_by_itself_and_its_steps_do_not_depend_on_its_company():
     easy, hard = np.eye(8, dtype=np.float32), psd.of_spectrum(np.logspace(0, -5, 8))
-    for name in ["coupled_newton", "coupled_higher_order", "newton_db"]:
+    for name in ["coupled_newton", "newton_db"]:
         both = solve(np.stack([easy, hard]), 4, solver=name)
         alone = [solve(a[None], 4, solver=name) for a in (easy, hard)]
         assert both.iterations[0] < both.iterations[1], name
