@@ -21,6 +21,7 @@ OWN = {
     | {"mean", "wire_bytes", "times_fewer", "over_dense", "mesh", "steps"},
     "compressed_bytes.json": {"topology", "mesh", "entries"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
+    "roots.json": {"order", "damping", "accuracy", "times"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }
 

@@ -102,9 +102,8 @@ def test_chebyshev_is_the_series_at_the_eigenvalues_times_the_scale(order):
 def test_chebyshev_coefficients_interpolate_the_function():
     x = np.linspace(0, 1, 50)
     got = chebyshev.chebval(2 * x - 1, coefficients(60, 0.1, Fraction(4)))
-    np.testing.assert_allclose(
-        got, (x + 0.1) ** -0.25, rtol=1e-9
-    )  # exp(-2 * sqrt(.1) * 60) = 4e-17
+    # The truncation's error is exp(-2 * 0.3 * 60) = 2e-16.
+    np.testing.assert_allclose(got, (x + 0.1) ** -0.25, rtol=1e-9)
 
 
 def test_each_matrix_stops_by_itself_and_its_steps_do_not_depend_on_its_company():
@@ -218,9 +217,8 @@ def test_every_product_asks_for_full_precision():
             jnp.ones((2, 4, 4))
         )
         text = str(traced)
-        assert text.count("dot_general[") == text.count("Precision.HIGHEST, Precision.HIGHEST"), (
-            name
-        )
+        full = text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+        assert text.count("dot_general[") == full > 3, name
 
 
 def test_solvers_compare_by_value_and_are_traced_once():
