@@ -68,17 +68,14 @@ def _case(official: Any, name: str, order: Fraction, solver: roots.Solver, confi
 def _build(official: Any) -> tuple[list[Case], list[Departure]]:
     higher = official.CoupledHigherOrderConfig(rel_epsilon=_RHO, abs_epsilon=0.0)
     newton, eigen = official.CoupledNewtonConfig(), official.EigenConfig()
-    two, four = Fraction(2), Fraction(4)
-    solvers = {
-        "eigh": (roots.Eigh(negative="shift"), eigen, [two, four]),
-        "coupled Newton": (roots.CoupledNewton(), newton, [two, four]),
-        "coupled higher order": (roots.CoupledHigherOrder(), higher, [two, four, Fraction(5, 2)]),
-    }
-    cases = [
-        _case(official, name, order, solver, config)
-        for name, (solver, config, orders) in solvers.items()
-        for order in orders
+    four = Fraction(4)
+    solvers = [
+        ("eigh", four, roots.Eigh(negative="shift"), eigen),
+        ("coupled Newton", four, roots.CoupledNewton(), newton),
+        ("coupled higher order", four, roots.CoupledHigherOrder(), higher),
+        ("coupled higher order", Fraction(5, 2), roots.CoupledHigherOrder(), higher),
     ]
+    cases = [_case(official, *each) for each in solvers]
     return cases, [
         Departure(
             "The damping is relative to the largest eigenvalue by default; the official default is "
@@ -87,7 +84,7 @@ def _build(official: Any) -> tuple[list[Case], list[Departure]]:
         Departure(
             "Eigenvalues below the damping are raised to it by default; the official code shifts "
             'all of them (negative="shift"; figure: the default, p = 4).',
-            lambda: difference_of_updates(cases[1], _ours(four, roots.Eigh())).value,
+            lambda: difference_of_updates(cases[0], _ours(four, roots.Eigh())).value,
         ),
         Departure(
             "A root whose residual is large is marked, and the previous one kept; the official "
