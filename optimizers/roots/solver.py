@@ -26,7 +26,7 @@ class Solver:
     Attributes:
       max_residual: a root whose residual is larger is a failure; above 0. The official codes have
         0.1, which in float32 refuses good roots of rank-deficient matrices: with a damping of 1e-6
-        rounding alone leaves 0.1 to 0.3 (``benchmarks.roots``). A residual of 0.5 is an error of a
+        rounding alone leaves up to 0.34 (``benchmarks.roots``). A residual of 0.5 is an error of a
         tenth at p = 4, in one direction.
     """
 
