@@ -179,7 +179,7 @@ class TrainStep:
     def _compiler_options(self) -> dict[str, str] | None:
         """Keeps XLA for TPUs from making all-reduces, which send twice as much, of small gathers.
 
-        It does so along an axis that fills a two-dimensional torus, such as 64 workers on 8x8 chips.
+        It does so along axes that fill a two-dimensional torus, such as 64 workers on 8x8 chips.
         """
         on_tpu = self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
         if not on_tpu or self.placement.worker_axis is None:
