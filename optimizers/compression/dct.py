@@ -39,7 +39,7 @@ def dct_top_k(
     """The k largest DCT coefficients of every chunk of side x side entries.
 
     Args:
-      k: coefficients kept of each chunk, all if it has fewer.
+      k: coefficients kept of each chunk, at most ``side**2``; all of a chunk that has fewer.
       side: longest side of a chunk. With 64 an index takes 12 bits.
       pad: fill axes up with zeros to a multiple of the side; ``False`` uses divisors, as DeMo does.
       values: dtype of the coefficients. bfloat16 halves them and rounds to 8 bits.
@@ -50,6 +50,8 @@ def dct_top_k(
     """
     core.check_int("k", k, low=1)
     core.check_int("side", side, low=1)
+    if k > side**2:
+        raise ValueError(f"k must be at most side**2 = {side**2}, got {k}")
     check_values(values)
 
     def plan(shape: Shape) -> tuple[Grid, int]:

@@ -48,7 +48,7 @@ def top_k(
     lower index wins. Indices travel in the narrowest of 8, 12, 16 and 32 bits.
 
     Args:
-      k: entries kept; all of them where a tensor or a chunk has fewer. Give this or ``fraction``.
+      k: entries kept, at most ``chunk``; all of a tensor that has fewer. Give this or ``fraction``.
       fraction: k as a share of the tensor or chunk, in (0, 1]; rounded, at least one.
       chunk: m: choose k among every m entries of the flat tensor, so that indices are short and the
         tensor may be cut between chunks; ``None`` chooses among all. A last chunk that is not full
@@ -66,6 +66,8 @@ def top_k(
     check_values(values)
     if chunk is not None:
         core.check_int("chunk", chunk, low=1)
+        if k is not None and k > chunk:
+            raise ValueError(f"k must be at most chunk={chunk}, got {k}")
 
     def kept(shape: Shape) -> int:
         return _kept(k, fraction, block_length(shape, chunk))

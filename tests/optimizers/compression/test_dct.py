@@ -89,5 +89,7 @@ def test_a_coefficient_takes_three_and_a_half_bytes():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="side must be an int of at least 1, got 0"):
         dct_top_k(side=0)
+    with pytest.raises(ValueError, match=r"k must be at most side\*\*2 = 64, got 65"):
+        dct_top_k(65, side=8)
     with pytest.raises(ValueError, match="k must be an int of at least 1, got 0"):
         dct_top_k(0)

@@ -108,6 +108,7 @@ def test_another_key_sends_other_entries_and_the_same_key_the_same():
         (lambda: top_k(0.01), (TypeError, "k must be an int, got 0.01")),
         (lambda: random_k(fraction=1.5), (ValueError, r"fraction must be in \(0, 1\], got 1.5")),
         (lambda: top_k(3, chunk=0), (ValueError, "chunk must be an int of at least 1, got 0")),
+        (lambda: top_k(9, chunk=8), (ValueError, "k must be at most chunk=8, got 9")),
         (lambda: top_k(3, values="float16"), (ValueError, "values must be one of 'float32'")),
     ],
 )
