@@ -59,7 +59,8 @@ def scale_by_one_byte(
     and state, which is the count alone. A difference of losses that is not finite is no sample
     either. If there is none at all the update is zero.
 
-    **Wire.** One all-gather of ``samples`` bytes: (n - 1) ``samples`` from each of n workers.
+    **Wire.** One all-gather of ``samples`` bytes: (n - 1) ``samples`` from each of n workers. For a
+    TPU XLA makes an all-reduce of whole words of it: 960 bytes each for 16 workers of 4 samples.
 
     Cost a step: 2 ``samples`` losses, no backward pass, and n ``samples`` directions, made by every
     worker. The variance of the estimate grows with the number of parameters: this is for

@@ -15,6 +15,7 @@ from jaxopt_suite.scaling_laws.law import (
     floor,
     power,
 )
+from jaxopt_suite.scaling_laws.noise_scale import noise_scale, read_noise_scale
 from jaxopt_suite.scaling_laws.objectives import absolute, huber, quantile, squares
 from jaxopt_suite.scaling_laws.refusals import (
     FitRefused,
@@ -23,6 +24,7 @@ from jaxopt_suite.scaling_laws.refusals import (
     NotSeparable,
     TooFewRuns,
 )
+from jaxopt_suite.scaling_laws.runs import Runs, load_runs
 from jaxopt_suite.scaling_laws.starts import grid
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "NotSeparable",
     "Parameter",
     "Preset",
+    "Runs",
     "Score",
     "TooFewRuns",
     "absolute",
@@ -49,8 +52,11 @@ __all__ = [
     "grid",
     "huber",
     "laws",
+    "load_runs",
+    "noise_scale",
     "objectives",
     "power",
     "quantile",
+    "read_noise_scale",
     "squares",
 ]

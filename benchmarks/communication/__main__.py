@@ -2,6 +2,7 @@
 
 ``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU); meshes may
 follow.
+``recipes``: collectives of the recipes in such programs.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
 """
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import _results
-from benchmarks.communication import overhead, task, wire_bytes
+from benchmarks.communication import overhead, recipes, task, wire_bytes
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.parallel.topologies import SETTINGS
 
@@ -21,6 +22,7 @@ Row = dict[str, Any]
 
 PARTS: dict[str, tuple[str, Callable[..., Iterator[Row]], Callable[[list[Row]], bool]]] = {
     "wire": ("compressed_bytes.json", wire_bytes.measure, wire_bytes.kept),
+    "recipes": ("recipe_collectives.json", recipes.measure, recipes.kept),
     "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
     "task": ("communication_task.json", task.measure, task.kept),
 }
@@ -32,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("names", nargs="*", help="variants of the task, or meshes of wire")
     options = parser.parse_args(arguments)
-    if options.names and options.part == "overhead":
-        parser.error(f"overhead takes no names, got {' '.join(options.names)}")
+    if options.names and options.part not in ("wire", "task"):
+        parser.error(f"{options.part} takes no names, got {' '.join(options.names)}")
     name, measure, kept = PARTS[options.part]
     given = {"names": options.names} if options.names else {}
     words = [options.part, *(f"'{each}'" for each in options.names)]

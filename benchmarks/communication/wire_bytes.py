@@ -99,15 +99,11 @@ def entry(compressor: Compressor, exchange: str, mesh: Mesh) -> dict[str, Any]:
         holds of one matrix, in float32.
     """
     workers = mesh.shape["worker"]
-    found = [
-        c
-        for c in wire.collectives(_compiled(compressor, exchange, mesh), mesh)
-        if c.axes and "worker" in c.axes and "metrics" not in c.op_name
-    ]
-    inexact = [c for c in found if not c.exact]
-    if inexact:
-        raise RuntimeError(f"collectives that run an unknown number of times: {inexact}")
-    shapes = {name: _local(name, mesh) for name in WHOLE}
+    mean = compressed_mean(
+        compressor, axis_name="worker", exchange=exchange, dense=lambda path, leaf: leaf.ndim < 2
+    )
+    found = among_workers(optax.chain(mean, optax.sgd(0.1)), mesh)
+    shapes = {name: local_shape(name, mesh) for name in WHOLE}
     way = choose(compressor, shapes["up"], workers, exchange)
     flag = 2 * (mesh.size - 1) / mesh.size * 4
     closed = flag + sum(
@@ -120,7 +116,6 @@ def entry(compressor: Compressor, exchange: str, mesh: Mesh) -> dict[str, Any]:
     )
     dense = sum(sent_bytes(compressor, shape, workers, "dense") for shape in shapes.values())
     sent = sum(c.total for c in found)
-    floats = [c.payload for c in found if c.dtype in ("f32", "bf16", "f16")]
     return {
         "exchange": exchange,
         "way": way,
@@ -129,7 +124,7 @@ def entry(compressor: Compressor, exchange: str, mesh: Mesh) -> dict[str, Any]:
         "off": round(sent / closed - 1, 5),
         "all_reduce": dense,
         "times_fewer": round(dense / sent, 2),
-        "largest_float": max(floats, default=0),
+        "largest_float": largest_float(found),
         "matrix_bytes": 4 * math.prod(shapes["up"]),
         "kinds": sorted({f"{c.kind} {c.dtype}" for c in found if c.payload > 4}),
     }
@@ -145,21 +140,35 @@ def kept(rows: list[dict[str, Any]]) -> bool:
     )
 
 
-def _compiled(compressor: Compressor, exchange: str, mesh: Mesh) -> jax.stages.Compiled:
+def among_workers(tx: optax.GradientTransformation, mesh: Mesh) -> list[wire.Collective]:
+    """What a train step with this optimizer sends along the workers' axis, metrics left out.
+
+    Raises:
+      RuntimeError: if it cannot be known how often one of them runs.
+    """
+
     def loss(params: Any, batch: jax.Array) -> jax.Array:
         hidden = jnp.tanh(batch @ params["up"]) @ params["down"]
         return jnp.mean(hidden**2) + jnp.sum(params["scale"] ** 2)
 
-    mean = compressed_mean(
-        compressor, axis_name="worker", exchange=exchange, dense=lambda path, leaf: leaf.ndim < 2
-    )
     specs = SPECS if "model" in mesh.axis_names else P()
-    step = parallel.make_train_step(
-        loss, optax.chain(mean, optax.sgd(0.1)), mesh, worker_axis="worker", param_specs=specs
-    )
+    step = parallel.make_train_step(loss, tx, mesh, worker_axis="worker", param_specs=specs)
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in WHOLE.items()}
     batch = jax.ShapeDtypeStruct((mesh.shape["worker"], WHOLE["up"][0]), jnp.float32)
-    return step.lower(params, batch).compile()
+    found = [
+        c
+        for c in wire.collectives(step.lower(params, batch).compile(), mesh)
+        if c.axes and "worker" in c.axes and "metrics" not in c.op_name
+    ]
+    inexact = [c for c in found if not c.exact]
+    if inexact:
+        raise RuntimeError(f"collectives that run an unknown number of times: {inexact}")
+    return found
+
+
+def largest_float(found: Sequence[wire.Collective]) -> int:
+    """Bytes of the largest collective of floats."""
+    return max((c.payload for c in found if c.dtype in ("f32", "bf16", "f16")), default=0)
 
 
 def _whole_lines(sent: float, workers: int, way: str) -> float:
@@ -168,7 +177,7 @@ def _whole_lines(sent: float, workers: int, way: str) -> float:
     return copies * math.ceil(sent / copies / 128) * 128 if copies else sent
 
 
-def _local(name: str, mesh: Mesh) -> tuple[int, ...]:
+def local_shape(name: str, mesh: Mesh) -> tuple[int, ...]:
     """The shape that a device holds of a leaf."""
     split = [mesh.shape.get(axis, 1) if axis else 1 for axis in SPECS[name]]
     split += [1] * (len(WHOLE[name]) - len(split))
@@ -182,5 +191,7 @@ def _is_possible(compressor: Compressor, exchange: str, mesh: Mesh) -> bool:
         return False
     if exchange == "auto" and compressor.name != "low_rank" and "model" in mesh.axis_names:
         return False  # the others are compiled, and it is one of them
-    payloads = sum(compressor.nbytes(_local(name, mesh)) for name in WHOLE) * mesh.shape["worker"]
+    payloads = (
+        sum(compressor.nbytes(local_shape(name, mesh)) for name in WHOLE) * mesh.shape["worker"]
+    )
     return exchange != "gather" or payloads <= _LARGEST_GATHER

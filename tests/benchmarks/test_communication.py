@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.claims import error_feedback
 from benchmarks.communication import __main__ as command
-from benchmarks.communication import overhead, task, wire_bytes
+from benchmarks.communication import overhead, recipes, task, wire_bytes
 from jaxopt_suite import parallel
 from jaxopt_suite.optimizers import registry
 from jaxopt_suite.optimizers.compression import compressors
@@ -88,6 +88,13 @@ def test_a_whole_matrix_on_the_wire_or_a_wrong_sum_breaks_the_promise():
     assert wire_bytes.kept([{"entries": [good]}])
     assert not wire_bytes.kept([{"entries": [good | {"off": 0.021}]}])
     assert not wire_bytes.kept([{"entries": [good | {"largest_float": 9}]}])
+
+
+def test_a_recipe_that_sends_a_whole_matrix_of_floats_breaks_the_promise_unless_it_warms_up_so():
+    entry = {"recipe": "demo", "largest_float": 8, "matrix_bytes": 9}
+    assert recipes.kept([{"entries": [entry]}])
+    assert not recipes.kept([{"entries": [entry | {"largest_float": 9}]}])
+    assert recipes.kept([{"entries": [entry | {"largest_float": 9, "recipe": "onebit_adam"}]}])
 
 
 def test_only_what_is_promised_has_to_be_quick():

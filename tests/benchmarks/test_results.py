@@ -20,6 +20,7 @@ OWN = {
     "communication_task.json": {"name", "optimizer", "words", "learning_rate", "sweep", "losses"}
     | {"mean", "wire_bytes", "times_fewer", "over_dense", "mesh", "steps"},
     "compressed_bytes.json": {"topology", "mesh", "entries"},
+    "recipe_collectives.json": {"topology", "mesh", "entries"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
     "scaling_speed.json": {"name", "starts", "resamples", "seconds", "seconds_every_start_refined"}
     | {"compile_seconds", "scipy_differences", "scipy_gradient", "times_faster", "objective"}
