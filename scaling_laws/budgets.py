@@ -9,6 +9,7 @@ import numpy as np
 from jaxopt_suite.scaling_laws.frontier import FlopRule
 from jaxopt_suite.scaling_laws.table import column, columns_of
 
+_OF_MEDIAN = 1.4826  # standard deviation of a normal over the median of its absolute values
 _CELLS_FOR_POWER = 5  # settings with repeats from which the noise may depend on the loss
 
 
@@ -150,15 +151,18 @@ def noise_of_repeats(groups: Sequence[Group]) -> Noise | None:
 
 
 def noise_of_residuals(groups: Sequence[Group]) -> Noise | None:
-    """What cubics in ``ln N`` leave of ``ln loss``; ``None`` without a slice of five sizes."""
-    total, degrees = 0.0, 0
+    """What cubics in ``ln N`` leave of ``ln loss``; ``None`` without a slice of five sizes.
+
+    From the median of their sizes, which a few runs that went wrong do not move.
+    """
+    left, degrees = [], 0
     for each in groups:
         if len(np.unique(each.n)) > 4:
             x, y = np.log(each.n / each.n[0]), np.log(each.loss)
-            total += float(np.sum((y - np.polyval(np.polyfit(x, y, 3), x)) ** 2))
+            left.append(np.abs(y - np.polyval(np.polyfit(x, y, 3), x)))
             degrees += len(x) - 4
     if not degrees:
         return None
-    return Noise(
-        float(np.sqrt(total / degrees)), 0.0, 1.0, f"residuals of cubics, {degrees} d.o.f."
-    )
+    residuals = np.concatenate(left)
+    sd = _OF_MEDIAN * float(np.median(residuals)) * np.sqrt(len(residuals) / degrees)
+    return Noise(float(sd), 0.0, 1.0, f"residuals of cubics, {degrees} d.o.f.")

@@ -27,6 +27,7 @@ from jaxopt_suite.scaling_laws.frontier import FlopRule, affordable
 from jaxopt_suite.scaling_laws.refusals import NoInteriorOptimum, TooFewRuns, TooFewSlices
 from jaxopt_suite.scaling_laws.slices import CubicTest, Curve, Minima, cubic_test
 
+_TOLD = 3  # refused budgets among the warnings; all are in ``refused``
 _LOPSIDED = 3.0  # |t| of the cubic term from which the parabola is called biased
 
 
@@ -84,7 +85,9 @@ class IsoFLOP:
     @property
     def warnings(self) -> list[str]:
         """What makes the numbers doubtful."""
-        found = list(self.refused)
+        found = list(self.refused[:_TOLD])
+        if len(self.refused) > _TOLD:
+            found.append(f"{len(self.refused) - _TOLD} more budgets were left out")
         lopsided = [s for s in self.slices if abs(s.cubic.t) > _LOPSIDED]
         if lopsided and self.curve.method == "parabola":
             shifts = [s.cubic.shift for s in lopsided if np.isfinite(s.cubic.shift)]
