@@ -27,8 +27,8 @@ from jaxopt_suite.experiments.steps import build_program, find_recipe
 from jaxopt_suite.scaling_laws.conventions import N_RULES, Shape
 
 SHAPES = ((16, 1), (24, 1), (32, 2), (48, 2), (64, 3), (96, 3), (128, 4))  # width, depth
-BUDGETS = (2e10, 6e10, 2e11, 6e11, 2e12, 4e12)  # FLOP
-REPEATED = 2e11  # FLOP, with all of ``SEEDS``; the others have the first
+BUDGETS = (2e10, 5e10, 1.2e11, 3e11, 7e11, 1.6e12)  # FLOP
+REPEATED = 1.2e11  # FLOP, with all of ``SEEDS``; the others have the first
 SEEDS = (0, 1, 2)
 HEAD_SIZE = 16
 BATCH, SEQ_LEN = 8, 128
