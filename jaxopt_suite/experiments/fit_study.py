@@ -203,7 +203,7 @@ def _refit(found: Fit, label: str, **changes: Any) -> tuple[Variant, Fit | None]
     if law is found.law:
         changes.setdefault("starts", coordinates.from_theta(law, found.starts))
     inputs = {name: found.table.inputs.get(name) for name in law.inputs}
-    options = {
+    options: dict[str, Any] = {
         "objective": found.objective,
         "weights": found.table.weights,
         "fixed": found.fixed,

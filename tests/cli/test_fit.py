@@ -105,7 +105,7 @@ def test_the_list_names_every_law(capsys):
         ("fit nowhere.csv", "does not exist"),
         ("fit {logs} --columns N=params,loss=val/loss --flops 6ND", "runs.csv:42"),
         ("fit {logs} --columns N=nothing --on-bad drop", "nothing"),
-        ("fit {logs} --law chinchila", "one of chinchilla"),
+        ("fit {logs} --law chinchila", "got 'chinchila'"),
         ("fit {logs} --objective hubert(3)", "--objective"),
         ("fit {logs} --objective huber(-1)", "--objective"),
         ("fit {logs} --bootstrap -1", "--bootstrap"),
