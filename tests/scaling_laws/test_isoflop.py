@@ -53,6 +53,19 @@ def test_the_slice_of_the_law_itself_has_no_bias():
     for one in found.slices:
         assert one.n == pytest.approx(_best(one.flops), rel=1e-9)
     assert found.unconstrained == pytest.approx((0.4516129, 0.5483871), abs=1e-6)
+    # On exact budgets both searches are one, whatever the noise.
+    noisy = scaling_laws.isoflop(_runs(noise=0.004), method="law", exponents=(ALPHA, BETA), draws=0)
+    assert sum(noisy.unconstrained) == pytest.approx(1, abs=1e-9)
+
+
+def test_the_minimum_over_tokens_is_the_one_over_sizes_seen_from_the_other_side():
+    runs, curve = _runs(), slices.Curve("law", (ALPHA, BETA))
+    n, d, loss = (runs[name][:15] for name in ("N", "D", "loss"))
+    found = curve.mirrored.minima(np.log(d), loss[None])
+    assert found.at[0] == pytest.approx(np.log(BUDGETS[0] / 6 / _best(BUDGETS[0])), rel=1e-9)
+    tilted = curve.minima(np.log(n), (loss * np.linspace(0.97, 1.03, 15))[None])
+    again = curve.mirrored.minima(np.log(d), (loss * np.linspace(0.97, 1.03, 15))[None])
+    assert tilted.at[0] + again.at[0] == pytest.approx(np.log(BUDGETS[0] / 6), rel=1e-9)
 
 
 def test_akima_curves_and_their_minima_are_those_of_scipy():
