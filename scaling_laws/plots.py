@@ -19,6 +19,7 @@ INK, PAPER = "#1a1a1a", "white"
 _LEVEL = 0.9
 _BEYOND = 100.0  # factor beyond the largest run that extrapolation is drawn to
 _POINTS = 120
+_BUDGETS = 24  # at which a frontier is drawn; laws without a closed form search at each
 _LINES = 5  # curves of equal compute
 _COLOURS = "viridis"
 
@@ -162,7 +163,7 @@ def _surface(axes: Any, fit: "Fit", ink: str) -> None:
     )
     axes.clabel(lines, fontsize=7, fmt="%.2f")
     axes.plot(n, d, "o", color=GREY, markersize=2.5)
-    best = _optima(fit, np.geomspace(_flops(fit).min(), _flops(fit).max(), 40))
+    best = _optima(fit, np.geomspace(_flops(fit).min(), _flops(fit).max(), _BUDGETS))
     if best is not None:
         axes.plot(best.n, best.d, color=PALETTE[1], linewidth=1.8, label="compute-optimal")
         axes.legend(frameon=False, fontsize=8, labelcolor=ink)
@@ -184,7 +185,7 @@ def _optima(fit: "Fit", flops: np.ndarray) -> Any:
 
 def _beyond(fit: "Fit") -> np.ndarray:
     flops = _flops(fit)
-    return np.geomspace(flops.min(), _BEYOND * flops.max(), 60)
+    return np.geomspace(flops.min(), _BEYOND * flops.max(), _BUDGETS)
 
 
 def _frontier(axes: Any, fit: "Fit", ink: str) -> None:
