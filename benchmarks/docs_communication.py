@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import _results
 from benchmarks.markdown import measured, table
-from jaxopt_suite.experiments.plots import PALETTE, svg
+from jaxopt_suite.core.figures import PALETTE
+from jaxopt_suite.experiments.plots import svg
 
 _INK, _GREY = "#1a1a1a", "#808080"
 _Rows = list[dict[str, Any]]

@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 
 from jaxopt_suite import core
-from jaxopt_suite.scaling_laws import artefact, coordinates, summary, uncertainty, validation
+from jaxopt_suite.scaling_laws import (
+    artefact,
+    coordinates,
+    next_run,
+    plots,
+    summary,
+    uncertainty,
+    validation,
+)
 from jaxopt_suite.scaling_laws.batch import Batch
 from jaxopt_suite.scaling_laws.certificate import Certificate
 from jaxopt_suite.scaling_laws.distributions import student_quantile
 from jaxopt_suite.scaling_laws.double import in_double
 from jaxopt_suite.scaling_laws.frontier import FlopRule, Frontier, frontier
 from jaxopt_suite.scaling_laws.law import Law
+from jaxopt_suite.scaling_laws.next_run import NextRun
 from jaxopt_suite.scaling_laws.objectives import Objective
 from jaxopt_suite.scaling_laws.refusals import FitRefused
 from jaxopt_suite.scaling_laws.solver import Rows
@@ -267,6 +276,23 @@ class Fit:
         else:
             masks = validation.leave_one_out(values, name)
         return validation.holdouts(self.batch, self.starts, masks)
+
+    def next_run(self, budget: float, **options: Any) -> NextRun:
+        """Which run of a budget would shrink the uncertainty of the optimum most.
+
+        Args:
+          budget: FLOPs to spend on one run.
+          **options: of ``next_run.next_run``: ``at``, the budget whose optimum is wanted, the
+            ``sizes`` considered, the FLOP ``rule``.
+
+        Raises:
+          ValueError, FitRefused: as ``next_run.next_run``.
+        """
+        return next_run.next_run(self, budget, **options)
+
+    def plot(self) -> Any:
+        """The pictures of a fit in one figure of matplotlib; see ``plots.plot``."""
+        return plots.plot(self)
 
     def summary(self, level: float = 0.9) -> str:
         """A plain-text table of coefficients and intervals, the certificate, and warnings."""

@@ -173,7 +173,7 @@ def _search(
     low, high = (np.full((*shape, 1), np.log(edge)) for edge in SEARCHED)
     for zoom in range(_ZOOMS):
         log_n = low + (high - low) * np.linspace(0, 1, _POINTS)
-        d = _affordable(rule, np.exp(log_n), budget)
+        d = affordable(rule, np.exp(log_n), budget)
         found = np.where(np.isnan(d), np.inf, _output(law, columns, np.exp(log_n), d, others))
         at = np.argmin(found, axis=-1)[..., None]
         if zoom == 0:
@@ -181,10 +181,10 @@ def _search(
         near = lambda i, grid=log_n: np.take_along_axis(grid, np.clip(i, 0, _POINTS - 1), -1)
         low, high = near(at - 1), near(at + 1)
     n = np.exp(0.5 * (low + high))
-    return n[..., 0], _affordable(rule, n, budget)[..., 0]
+    return n[..., 0], affordable(rule, n, budget)[..., 0]
 
 
-def _affordable(rule: FlopRule | None, n: np.ndarray, budget: np.ndarray) -> np.ndarray:
+def affordable(rule: FlopRule | None, n: np.ndarray, budget: np.ndarray) -> np.ndarray:
     """The ``D`` that spends the budget, within ``SEARCHED``; NaN where none does."""
     if rule is None:
         return budget / (6 * n)

@@ -9,6 +9,10 @@ class TooFewRuns(FitRefused):
     """Fewer runs than parameters that are fitted, plus two."""
 
 
+class TooFewSlices(FitRefused):
+    """Fewer than three budgets of compute with a usable optimum."""
+
+
 class NotSeparable(FitRefused):
     """The inputs lie on one line in logarithms: exponents cannot be told apart."""
 

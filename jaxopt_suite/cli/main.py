@@ -13,6 +13,7 @@ import tyro
 
 import jaxopt_suite
 from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
+from jaxopt_suite.experiments.fit_config import FitConfig
 from jaxopt_suite.experiments.plan_config import PlanConfig
 
 _PROGRAM = "jaxopt-suite"
@@ -22,6 +23,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "train": TrainConfig,
     "compare": CompareConfig,
     "plan": PlanConfig,
+    "fit": FitConfig,
 }
 
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.extras.subcommand_cli_from_dict(
         _COMMANDS,
         prog=_PROGRAM,
-        description="Optimization research in JAX: train, compare honestly, plan for a pod.",
+        description="Optimization research in JAX: train, compare honestly, plan, fit laws.",
         args=arguments,
         config=(tyro.conf.UseAppendAction,),
     )

@@ -71,7 +71,7 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
 
-def _sized(d_model: int, n_layers: int, head_size: int) -> ModelConfig:
+def sized(d_model: int, n_layers: int, head_size: int) -> ModelConfig:
     """A config whose MLP is 8/3 as wide as the model, to a multiple of 32.
 
     Three matrices of that width hold as many parameters as the two 4x wide ones of a plain MLP.
@@ -82,11 +82,11 @@ def _sized(d_model: int, n_layers: int, head_size: int) -> ModelConfig:
 
 PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
     {
-        "nano": _sized(96, 2, 32),  # 0.27 M parameters
-        "tiny": _sized(128, 5, 32),  # 1.07 M
-        "small": _sized(320, 8, 64),  # 10.1 M
-        "125m": _sized(896, 13, 64),  # 126 M
-        "1b": _sized(2048, 20, 128),  # 1.01 B
+        "nano": sized(96, 2, 32),  # 0.27 M parameters
+        "tiny": sized(128, 5, 32),  # 1.07 M
+        "small": sized(320, 8, 64),  # 10.1 M
+        "125m": sized(896, 13, 64),  # 126 M
+        "1b": sized(2048, 20, 128),  # 1.01 B
     }
 )
 

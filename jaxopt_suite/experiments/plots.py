@@ -10,14 +10,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jaxopt_suite.core.figures import GREY, PALETTE, dress
 from jaxopt_suite.experiments.table import BASELINE, Curve, Table
 
-# Okabe and Ito's colours, told apart by colour-blind readers, less the yellow and the black, which
-# are lost on a white or a dark page. After six optimizers the line style changes.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STYLES = ("-", "-.", ":")
-_GREY = "#808080"
-_INK_OF_THE_PAGE = "#010203"  # stands for the page's text colour until the SVG is written
+PAGE_INK = "#010203"  # stands for the page's text colour until the SVG is written
 _HIDDEN_SHARE = 0.2  # the first fifth of training may leave the picture at the top
 _LABEL_GAP = 0.062  # smallest distance between two labels, in units of the panel's height
 
@@ -35,7 +32,7 @@ def _looks(names: Sequence[str]) -> Looks:
         }
         for i, name in enumerate(others)
     }
-    return looks | {BASELINE: {"color": _GREY, "linestyle": "--"}}
+    return looks | {BASELINE: {"color": GREY, "linestyle": "--"}}
 
 
 def _limits(curves: Mapping[str, Curve]) -> tuple[float, float]:
@@ -117,16 +114,6 @@ def _entropy_line(axes: Axes, entropy: float, ink: str) -> None:
     )
 
 
-def _dress(axes: Axes, xlabel: str, ink: str) -> None:
-    axes.set_xlabel(xlabel, color=ink)
-    axes.set_facecolor("none")
-    axes.grid(visible=True, color=_GREY, alpha=0.25, linewidth=0.6)
-    axes.tick_params(colors=ink, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(ink)
-
-
 def draw(table: Table, entropy: float, *, ink: str = "#1a1a1a", paper: str = "white") -> Figure:
     """The picture of a comparison: mean over seeds as a line, smallest to largest as a band.
 
@@ -149,7 +136,7 @@ def draw(table: Table, entropy: float, *, ink: str = "#1a1a1a", paper: str = "wh
         if curves:
             _panel(axes, curves, looks, against=against)
             _entropy_line(axes, entropy, ink)
-        _dress(axes, xlabel, ink)
+        dress(axes, xlabel, ink=ink)
     left.set_ylabel("validation loss (nats per byte)", color=ink)
     right.tick_params(labelleft=True)
     if curves:
@@ -166,9 +153,9 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def inline_svg(table: Table, entropy: float) -> str:
-    """The picture as an ``<svg>`` element for an HTML page, in the page's own colours."""
-    document = svg(draw(table, entropy, ink=_INK_OF_THE_PAGE, paper="none"))
-    element = document[document.index("<svg") :].replace(_INK_OF_THE_PAGE, "currentColor")
+def inline_svg(figure: Figure) -> str:
+    """A figure drawn in ``PAGE_INK`` as an ``<svg>`` element for an HTML page, in its colours."""
+    document = svg(figure)
+    element = document[document.index("<svg") :].replace(PAGE_INK, "currentColor")
     # HTML knows these namespaces by itself, and the picture's size is the style sheet's business.
     return re.sub(r' (?:xmlns(?::xlink)?|width|height)="[^"]*"', "", element, count=4)

@@ -188,7 +188,8 @@ def document(comparison: Comparison) -> list[Block]:
         + ". The first steep fall may leave the picture at the top. ✖ marks where an optimizer's "
         "first run diverged."
     )
-    svg = plots.inline_svg(numbers, comparison.entropy)
+    figure = plots.draw(numbers, comparison.entropy, ink=plots.PAGE_INK, paper="none")
+    svg = plots.inline_svg(figure)
     alt = "Validation loss against steps and against training seconds, one line per optimizer"
     return [
         Heading("Optimizers compared", level=1),

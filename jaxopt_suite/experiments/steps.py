@@ -151,6 +151,7 @@ def build_program(
     *,
     recipe: Recipe | None = None,
     tx: optax.GradientTransformation | None = None,
+    sizes: model.ModelConfig | None = None,
 ) -> Program:
     """Traces the model and the optimizer of ``config``; compiles nothing yet.
 
@@ -159,6 +160,7 @@ def build_program(
       recipe: instead of the registry's entry for ``config.optimizer``.
       tx: instead of a recipe: a finished transformation with a learning rate of its own.
         ``config.optimizer`` is then only a label.
+      sizes: of a model that is no preset; ``config.preset`` is then only a label.
 
     Returns:
       The program.
@@ -168,7 +170,7 @@ def build_program(
       ValueError: if ``tx`` comes with a recipe, a learning rate or settings it would ignore.
     """
     config.validate()
-    sizes = assembly.find_preset(config.preset)
+    sizes = sizes or assembly.find_preset(config.preset)
     if tx is not None:
         if recipe is not None or config.learning_rate is not None or config.set:
             raise ValueError("tx is complete: give it without recipe, learning_rate or set")
