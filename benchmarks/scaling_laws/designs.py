@@ -95,7 +95,7 @@ def _pools() -> dict[str, np.ndarray]:
 
 def _mixtures() -> dict[str, np.ndarray]:
     runs = _grid(
-        N=np.geomspace(1e8, 5e9, 7), ratio=np.geomspace(2, 400, 7), experts=np.array(_EXPERTS)
+        N=np.geomspace(1e8, 5e9, 5), ratio=np.geomspace(2, 400, 5), experts=np.array(_EXPERTS)
     )
     return {"N": runs["N"], "D": runs["N"] * runs["ratio"], "experts": runs["experts"]}
 
@@ -138,10 +138,10 @@ def designs() -> dict[str, Design]:
             laws.Kaplan,
             _runs(),
             {
-                "N_c": (1e13, 1e15),
-                "D_c": (1e12, 1e14),
-                "alpha_N": (0.05, 0.15),
-                "alpha_D": (0.05, 0.15),
+                "N_c": (3e13, 3e14),
+                "D_c": (1e13, 1e14),
+                "alpha_N": (0.06, 0.08),
+                "alpha_D": (0.09, 0.12),
             },
         ),
         Design(
@@ -171,7 +171,6 @@ def designs() -> dict[str, Design]:
                 "R_D": (5.0, 30.0),
                 "R_N": (3.0, 15.0),
             },
-            starts=16,
         ),
         Design(
             laws.OverTraining,
@@ -199,7 +198,6 @@ def designs() -> dict[str, Design]:
                 "E_max": (150.0, 500.0),
                 "c": (1.0, 2.0),
             },
-            starts=32,
             held=("E_start", "E_max"),
         ),
         Design(

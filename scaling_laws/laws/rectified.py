@@ -59,9 +59,7 @@ def starts(sizes: Any, losses: Any) -> dict[str, np.ndarray]:
     sizes = np.asarray(sizes, np.float64)
     if losses.shape != sizes.shape or losses.ndim != 1 or not losses.size:
         raise ValueError(f"sizes and losses must be [n], got {sizes.shape} and {losses.shape}")
-    points = grid(
-        beta=(0.2, 0.4, 0.7, 1.0), corner=(2.0, 5.0, 8.0, 11.0), share=(0.05, 0.5, 0.9)
-    )
+    points = grid(beta=(0.2, 0.4, 0.7, 1.0), corner=(2.0, 5.0, 8.0, 11.0), share=(0.05, 0.5, 0.9))
     pre_learned = np.exp(points["beta"] * points["corner"])
     least = points["share"] * losses.min()
     return {
