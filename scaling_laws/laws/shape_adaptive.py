@@ -49,18 +49,19 @@ ShapeAdaptive = Law(
 
 def compute_to_reach(values: Mapping[str, float], error: Any) -> np.ndarray:
     """FLOPs at which one shape reaches an error; infinite at and below its floor."""
-    return _relative(values, error) ** (-1 / values["b"]) - values["d"]
+    return _inverse_power(values, error, 1 / values["b"]) - values["d"]
 
 
 def price(values: Mapping[str, float], error: Any) -> np.ndarray:
     """FLOPs per unit of error that one shape pays at an error; infinite at and below its floor."""
-    ratio = _relative(values, error)
-    return ratio ** (-1 / values["b"] - 1) / (values["a"] * values["b"])
+    slope = values["a"] * values["b"]
+    return _inverse_power(values, error, 1 / values["b"] + 1) / slope
 
 
-def _relative(values: Mapping[str, float], error: Any) -> np.ndarray:
+def _inverse_power(values: Mapping[str, float], error: Any, exponent: float) -> np.ndarray:
     excess = np.maximum(np.asarray(error, np.float64) - values["c"], 0.0) / values["a"]
-    return np.where(excess > 0, excess, np.finfo(float).tiny)
+    with np.errstate(divide="ignore"):
+        return excess**-exponent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,21 @@ COMMUNICATION = laws.communication
 SIZES = np.array([35e6, 90e6, 180e6, 335e6, 550e6, 1.3e9, 2.4e9])
 
 
-def test_the_extrapolated_losses_of_the_paper():
-    """4 and 10 billion parameters; three digits of the exponent leave a few units of the last."""
-    n = np.array([4e9, 10e9])
-    alone = laws.DiLoCoLossAlone.presets["data_parallel"].values
-    found = in_double(laws.DiLoCoLossAlone.predict)(alone, {"N": n})
-    np.testing.assert_allclose(found, [2.224, 2.090], rtol=6e-3)
-    joint = laws.DiLoCoLoss.presets["charles"].values
-    for m, expected in ((1, (2.219, 2.086)), (2, (2.220, 2.086)), (4, (2.230, 2.096))):
-        found = in_double(laws.DiLoCoLoss.predict)(joint, {"N": n, "M": np.full(2, float(m))})
-        np.testing.assert_allclose(found, expected, rtol=0.02)
+def test_the_joint_law_agrees_with_that_of_each_number_of_replicas_at_the_sizes_fitted():
+    """Both fit the same losses; the paper has the two off by about 0.012 in the logarithm."""
+    joint, keys = laws.DiLoCoLoss.presets["charles"].values, laws.DiLoCoLossAlone.presets
+    for m, key in ((1, "one_replica"), (2, "two_replicas"), (4, "four_replicas")):
+        alone = in_double(laws.DiLoCoLossAlone.predict)(keys[key].values, {"N": SIZES})
+        both = in_double(laws.DiLoCoLoss.predict)(joint, {"N": SIZES, "M": np.full(7, m * 1.0)})
+        np.testing.assert_allclose(both, alone, rtol=0.012)
+
+
+def test_the_data_parallel_losses_of_an_early_version():
+    """Read from a transcription: 3.485 at 35M to 2.326 at 2.4B; the line is within 2 %."""
+    losses = np.array([3.485, 3.167, 2.950, 2.784, 2.653, 2.460, 2.326])
+    values = laws.DiLoCoLossAlone.presets["data_parallel"].values
+    found = in_double(laws.DiLoCoLossAlone.predict)(values, {"N": SIZES})
+    np.testing.assert_allclose(found, losses, rtol=0.02)
 
 
 def test_profile_intervals_of_a_line_are_students():
@@ -44,22 +49,12 @@ def test_profile_intervals_of_a_line_are_students():
     np.testing.assert_allclose(found, (line.slope - reach, line.slope + reach), rtol=1e-3)
 
 
-def test_a_difference_of_slopes_is_told_from_one_of_levels():
-    n, local = np.tile(SIZES, 2), np.repeat([0.0, 1.0], 7)
-    loss = 18 * n**-0.095 * np.where(local == 1, 1.02, 1.0)
-    loss *= np.exp(1e-3 * np.random.default_rng(1).standard_normal(14))
-    fit = scaling_laws.fit(
-        laws.LocalSteps,
-        {"N": n, "local": local, "loss": loss},
-        objective=scaling_laws.squares(),
-        starts=8,
-        bootstrap=0,
-    )
-    low, high = fit.interval("slope", method="profile")
-    assert low < 0 < high
-    middle = float(np.log(SIZES).mean())
-    level = fit.coefficients["shift"] + fit.coefficients["slope"] * middle
-    assert level == pytest.approx(np.log(1.02), abs=2e-3)
+def test_a_group_has_its_own_level_and_slope():
+    values = {"A": 18.0, "alpha": -0.095, "shift": 0.02, "slope": 0.01}
+    inputs = {"N": np.array([1e8, 1e8]), "local": np.array([0.0, 1.0])}
+    found = in_double(laws.LocalSteps.predict)(values, inputs)
+    expected = [18 * 1e8**-0.095, 18 * np.exp(0.02) * 1e8**-0.085]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_an_all_reduce_by_hand():

@@ -9,12 +9,10 @@ DESIGNS = designs.designs()
 # in the exhaustive test. What takes longest to fit is there too.
 QUICK = [
     "kaplan_size",
-    "kaplan_steps",
+    "kaplan",
     "downstream_error",
-    "steps_to_target",
     "diloco_loss",
     "compute_only",
-    "shape_adaptive",
 ]
 
 

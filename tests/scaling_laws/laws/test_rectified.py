@@ -52,7 +52,7 @@ def test_accept_then_stop_stops_at_the_first_phase():
     """Four points on a line, then three flat ones: the fit is that of the four alone."""
     sizes = 100 * 2.0 ** np.arange(7)
     losses = 5 * sizes**-0.2
-    losses[3:] *= 1 + 1e-4 * np.array([1, -1, -1, 1])
+    losses[3:] *= 1 + 1e-4 * np.array([-1, 1, -1, 1])
     losses[:3] = losses[3]
     found = RECTIFIED.accept_then_stop(sizes, losses, 1e6)
     line = np.polyfit(np.log(sizes[3:]), np.log(losses[3:]), 1)
@@ -63,7 +63,7 @@ def test_accept_then_stop_stops_at_the_first_phase():
 
 def test_models_are_ranked_by_what_they_will_reach_not_by_what_they_have():
     sizes = 100 * 2.0 ** np.arange(6)
-    curves = {"early": (sizes, 2 * sizes**-0.05), "late": (sizes, 4 * sizes**-0.15)}
+    curves = {"early": (sizes, 2 * sizes**-0.05), "late": (sizes, 5 * sizes**-0.15)}
     assert curves["late"][1][-1] > curves["early"][1][-1]
     assert [name for name, _ in RECTIFIED.rank_models(curves, 1e6)] == ["late", "early"]
 
