@@ -1,7 +1,8 @@
 r"""Mixtures of experts: one law of active size, data and number of experts (2025).
 
-$$L = a \hat E^{\delta} N^{\alpha + \gamma \ln \hat E} + b \hat E^{\omega} D^{\beta + \zeta \ln
-\hat E} + c, \qquad \frac1{\hat E} = \frac1{E - 1 + (1/E_{start} - 1/E_{max})^{-1}} + \frac1{E_{max}}$$
+$$L = a \hat E^{\delta} N^{\alpha + \gamma \ln \hat E} +
+b \hat E^{\omega} D^{\beta + \zeta \ln \hat E} + c, \qquad
+\frac1{\hat E} = \frac1{E - 1 + (1/E_{start} - 1/E_{max})^{-1}} + \frac1{E_{max}}$$
 
 with $E$ experts of which each token uses one, so that $\hat E(1) = E_{start}$. Exponents have their
 own sign here: $\alpha$ and $\beta$ are negative. $N$ counts the active parameters with both tables

@@ -1,4 +1,4 @@
-r"""Fine-tuning: the rectified law, and choosing a model from losses on little data (Lin et al., 2024).
+r"""Fine-tuning: the rectified law, and choosing a model by little data (Lin et al., 2024).
 
 $$L(D) = \frac{K}{D_l + D^{\beta}} + E,$$
 
@@ -6,7 +6,8 @@ where $D$ counts samples of fine-tuning and $D_l$, in the unit of $D^\beta$, is 
 was worth. Two phases show in log-log: a curved start while $D^\beta \ll D_l$, then a power law.
 $D = 0$ is legal, and gives $K/D_l + E$.
 
-Traps: a curve that is still in its first phase determines neither $\beta$ nor $E$, and
+Traps: one curve has few points; a pre-trained model's own loss (no samples) often lies off the law,
+and on the 90 released curves the error of the fit nearly doubles with it. A curve that is still in its first phase determines neither $\beta$ nor $E$, and
 ``phase`` says so; zero samples must not become a small number (the authors' code has 1e-10).
 """
 

@@ -13,6 +13,7 @@ shape's range and refuses to leave it.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,7 +118,7 @@ def schedule(
     best = prices.argmin(axis=0)
     changes = [0, *(np.flatnonzero(np.diff(best)) + 1), len(best)]
     stages = []
-    for first, last in zip(changes[:-1], changes[1:], strict=True):
+    for first, last in itertools.pairwise(changes):
         name, high, low = names[best[first]], float(errors[first]), float(errors[last])
         spent = compute_to_reach(shapes[name], low) - compute_to_reach(shapes[name], high)
         stages.append(Stage(name, high, low, float(spent)))

@@ -1,7 +1,6 @@
 """Over-training: two ways to write the law, its optimum, and errors fed from losses."""
 
 import numpy as np
-import pytest
 
 from jaxopt_suite.scaling_laws import laws
 from jaxopt_suite.scaling_laws.double import in_double
