@@ -7,8 +7,9 @@ was worth. Two phases show in log-log: a curved start while $D^\beta \ll D_l$, t
 $D = 0$ is legal, and gives $K/D_l + E$.
 
 Traps: one curve has few points; a pre-trained model's own loss (no samples) often lies off the law,
-and on the 90 released curves the error of the fit nearly doubles with it. A curve that is still in its first phase determines neither $\beta$ nor $E$, and
-``phase`` says so; zero samples must not become a small number (the authors' code has 1e-10).
+and on the 90 released curves the error of the fit nearly doubles with it. A curve that is still in
+its first phase determines neither $\beta$ nor $E$, and ``phase`` says so. Zero samples must not
+become a small number (the authors' code has 1e-10).
 """
 
 from collections.abc import Mapping, Sequence
