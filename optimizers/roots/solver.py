@@ -1,0 +1,59 @@
+"""What a root solver is: a frozen object with its settings, and one method."""
+
+import dataclasses
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax
+
+from jaxopt_suite import core
+from jaxopt_suite.optimizers.roots.damping import Damping, PseudoInverse
+from jaxopt_suite.optimizers.roots.stack import Stack
+
+
+class Solved(NamedTuple):
+    """A solver's answer for a stack."""
+
+    root: jax.Array  # [k, b, b]: of the scaled matrices; whatever it likes in the padding
+    error: jax.Array  # [k]: residual without a unit, 0 for an exact root
+    iterations: jax.Array  # int32 [k]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A way to compute inverse roots of a stack of matrices.
+
+    Attributes:
+      max_residual: a root whose residual is larger is a failure; above 0.
+    """
+
+    max_residual: float = 0.5
+
+    def __post_init__(self) -> None:
+        core.check_number("max_residual", self.max_residual, low=0.0, low_open=True)
+
+    def check(self, order: Fraction, damping: Damping) -> None:
+        """Raises ``ValueError`` for an order or a damping that this solver cannot serve."""
+        del order
+        if isinstance(damping, PseudoInverse):
+            raise ValueError(
+                f"PseudoInverse needs the eigenvalues, so solver must be Eigh, got {self!r}"
+            )
+
+    def solve(self, stack: Stack, order: Fraction) -> Solved:
+        """Inverse roots of the stack's matrices.
+
+        Args:
+          stack: damped and scaled.
+          order: p, for the exponent -1/p.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it solves")
+
+
+def check_whole(order: Fraction, name: str) -> None:
+    """Raises ``ValueError`` unless ``order`` is an integer."""
+    if order.denominator != 1:
+        raise ValueError(
+            f"{name} takes integer orders, got {order} (exponent {-1 / order}); Eigh, "
+            "CoupledHigherOrder and Chebyshev take rational ones"
+        )

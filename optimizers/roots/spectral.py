@@ -1,0 +1,92 @@
+"""Inverse roots by eigendecomposition."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_suite import core
+from jaxopt_suite.optimizers.roots.damping import Damping
+from jaxopt_suite.optimizers.roots.products import product
+from jaxopt_suite.optimizers.roots.solver import Solved, Solver
+from jaxopt_suite.optimizers.roots.stack import Stack, fill_padding, without_padding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eigh(Solver):
+    r"""$A = Q \mathrm{diag}(\lambda) Q^T$, and the root is $Q \mathrm{diag}(\lambda^{-1/p}) Q^T$.
+
+    Any order, and every damping. One batched decomposition on accelerators, one matrix after
+    another on a CPU (``core.batch_factorisation``).
+
+    The residual is that of the decomposition, $\max_{ij} |Q^T A Q - \mathrm{diag}(\lambda)|_{ij} /
+    \sqrt{\mu_i \mu_j}$ with the eigenvalues µ of which the root was taken: that of $X^p A - I$ but
+    for what ``negative`` changed on purpose.
+
+    Attributes:
+      negative: what becomes of eigenvalues of the damped matrix that are below what was added, as
+        rounding makes them. ``"clip"``: they count as that much, as in the code of Anil et al.
+        ``"shift"``: all grow by what the least one lacks, as in Meta's paper and code. With a
+        pseudo-inverse they are cut off.
+    """
+
+    negative: Literal["clip", "shift"] = "clip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        core.check_choice("negative", self.negative, ("clip", "shift"))
+
+    def check(self, order: Fraction, damping: Damping) -> None:
+        """Takes any order and any damping."""
+        del order, damping
+
+    def solve(self, stack: Stack, order: Fraction) -> Solved:
+        """See ``Solver.solve``."""
+        values, vectors = decompose(stack.matrices, stack.inside)
+        used, kept = self._corrected(values, stack)
+        weights = jnp.where(kept, jnp.where(kept, used, 1) ** float(-1 / order), 0)
+        root = product(vectors * weights[:, None, :], jnp.swapaxes(vectors, 1, 2))
+        root = without_padding(root, stack.inside)
+        error = _residual(stack.matrices, vectors, values, used, kept)
+        return Solved(root, error, jnp.zeros_like(stack.exponent))
+
+    def _corrected(self, values: jax.Array, stack: Stack) -> tuple[jax.Array, jax.Array]:
+        """The eigenvalues to take roots of, and which directions have one."""
+        inside = stack.inside  # the padding's eigenvalues come last, as its rows do
+        if stack.cutoff is not None:
+            return values, inside & (values > stack.cutoff[:, None])
+        ridge = stack.ridge[:, None]
+        if self.negative == "clip":
+            return jnp.maximum(values, ridge), inside
+        least = jnp.min(jnp.where(inside, values, jnp.inf), axis=1, keepdims=True)
+        return jnp.where(least < ridge, values - least + ridge, values), inside
+
+
+def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues ``[k, b]`` in descending order, and eigenvectors ``[k, b, b]`` in columns.
+
+    The padding has eigenvalues below all others, and so comes last: its columns are those of the
+    identity up to sign.
+
+    Args:
+      matrices: ``[k, b, b]``, symmetric, entries of order one at most, zero in the padding.
+      inside: bool ``[k, b]``, which rows are not padding.
+    """
+    below = -1 - jnp.max(jnp.sum(jnp.abs(matrices), axis=2), axis=1)
+    filled = fill_padding(matrices, inside, below)
+    eigh = core.batch_factorisation(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)))
+    values, vectors = eigh(filled)
+    return values[:, ::-1], vectors[:, :, ::-1]
+
+
+def _residual(
+    matrices: jax.Array, vectors: jax.Array, values: jax.Array, used: jax.Array, kept: jax.Array
+) -> jax.Array:
+    """The part of ``Q^T A Q`` that the eigenvalues do not explain, in the scale of the root."""
+    used = jnp.where(kept, used, jnp.inf)
+    scaled = vectors * jax.lax.rsqrt(used)[:, None, :]
+    found = product(jnp.swapaxes(scaled, 1, 2), matrices, scaled)
+    explained = jnp.eye(values.shape[1], dtype=values.dtype)[None] * (values / used)[:, None, :]
+    return jnp.max(jnp.abs(found - explained), axis=(1, 2))
