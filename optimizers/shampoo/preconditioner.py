@@ -1,0 +1,118 @@
+"""Kronecker-factored preconditioners of stacked blocks: their statistics, and roots of these."""
+
+import dataclasses
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_suite.optimizers import _common, roots
+from jaxopt_suite.optimizers.shampoo import kronecker
+
+
+class Preconditioner(NamedTuple):
+    """Of a stack of blocks ``[rows, d1, ..., dk]``."""
+
+    factors: tuple[jax.Array, ...]  # factor_dtype [rows, di, di] for each mode: statistics
+    roots: tuple[jax.Array, ...]  # root_dtype [rows, di, di] for each mode: the roots in use
+    failures: jax.Array  # int32 [rows, k]: how often in a row the root has failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """How preconditioners are kept.
+
+    Attributes:
+      b2: decay of the statistics; 1 is a sum.
+      exponent: of the roots, above 0; ``None`` is 1/(2k) for blocks of k dimensions.
+      solver: takes the roots.
+      damping: of the statistics, before that.
+      bias_correction: whether a mean is corrected for its beginning at zero.
+      factor_dtype: of the statistics; ``None`` is that of the arithmetic.
+      root_dtype: of the roots in use; ``None`` likewise.
+    """
+
+    b2: jax.typing.ArrayLike
+    exponent: Fraction | None
+    solver: roots.Solver
+    damping: roots.Damping
+    bias_correction: bool
+    factor_dtype: Any
+    root_dtype: Any
+
+    def init(self, rows: int, block: tuple[int, ...], dtype: Any) -> Preconditioner:
+        """No statistics, and roots that are the identity."""
+        eye = lambda d: jnp.eye(d, dtype=self.root_dtype or dtype)
+        return Preconditioner(
+            factors=tuple(jnp.zeros((rows, d, d), self.factor_dtype or dtype) for d in block),
+            roots=tuple(jnp.broadcast_to(eye(d), (rows, d, d)) for d in block),
+            failures=jnp.zeros((rows, len(block)), jnp.int32),
+        )
+
+    def observe(self, old: Preconditioner, gradients: jax.Array) -> Preconditioner:
+        """With the statistics of a step's gradients ``[rows, d1, ..., dk]``."""
+        weight = jnp.asarray(jnp.where(self.b2 == 1, 1.0, 1.0 - self.b2), gradients.dtype)
+        decay = jnp.asarray(self.b2, gradients.dtype)
+        new = tuple(
+            (decay * factor.astype(gram.dtype) + weight * gram).astype(factor.dtype)
+            for factor, gram in zip(old.factors, kronecker.grams(gradients), strict=True)
+        )
+        return old._replace(factors=new)
+
+    def apply(self, part: Preconditioner, blocks: jax.Array) -> jax.Array:
+        """The blocks, multiplied along every mode by its root."""
+        return kronecker.multiply(blocks, part.roots)
+
+    def refresh(
+        self, due: dict[str, Preconditioner], count: jax.Array
+    ) -> dict[str, Preconditioner]:
+        """New roots for all that are given; matrices of one size and order are one batch.
+
+        A root that fails leaves the one before in use. A statistic that is not finite will never
+        be so again: it begins anew from zero.
+        """
+        batches: dict[tuple[int, Fraction], list[tuple[str, int]]] = {}
+        for name, part in due.items():
+            for mode, factor in enumerate(part.factors):
+                key = len(factor[0]), self._order(len(part.factors))
+                batches.setdefault(key, []).append((name, mode))
+        new = {name: ([*part.factors], [*part.roots], part.failures) for name, part in due.items()}
+        for (_, order), places in batches.items():
+            column = lambda field, places=places: jnp.concatenate(
+                [getattr(due[name], field)[mode] for name, mode in places]
+            )
+            failures = jnp.concatenate([due[name].failures[:, mode] for name, mode in places])
+            fresh = self._refresh_batch(column("factors"), column("roots"), failures, order, count)
+            start = 0
+            for name, mode in places:
+                factors, in_use, counts = new[name]
+                stop = start + len(factors[mode])
+                factors[mode], in_use[mode] = fresh.factors[0][start:stop], fresh.roots[0][start:stop]
+                new[name] = factors, in_use, counts.at[:, mode].set(fresh.failures[start:stop, 0])
+                start = stop
+        return {name: Preconditioner(tuple(f), tuple(r), n) for name, (f, r, n) in new.items()}
+
+    def _refresh_batch(
+        self,
+        factors: jax.Array,
+        in_use: jax.Array,
+        failures: jax.Array,
+        order: Fraction,
+        count: jax.Array,
+    ) -> Preconditioner:
+        """The same for matrices ``[n, d, d]`` of one size."""
+        wide = jnp.promote_types(factors.dtype, jnp.float32)
+        statistic = factors.astype(wide) / self._correction(count).astype(wide)
+        found = roots.inverse_root(statistic, order, solver=self.solver, damping=self.damping)
+        in_use, failures = roots.keep_last_good(found, in_use, failures)
+        finite = jnp.all(jnp.isfinite(factors), axis=(1, 2), keepdims=True)
+        return Preconditioner((jnp.where(finite, factors, 0),), (in_use,), failures[:, None])
+
+    def _order(self, modes: int) -> Fraction:
+        return 1 / (self.exponent or Fraction(1, 2 * modes))
+
+    def _correction(self, count: jax.Array) -> jax.Array:
+        if not self.bias_correction:
+            return jnp.ones(())
+        return jnp.where(self.b2 == 1, 1.0, _common.bias_correction(self.b2, count))
