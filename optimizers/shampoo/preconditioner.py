@@ -1,6 +1,7 @@
 """Kronecker-factored preconditioners of stacked blocks: their statistics, and roots of these."""
 
 import dataclasses
+import functools
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxopt_suite.optimizers import _common, roots
 from jaxopt_suite.optimizers.shampoo import kronecker
+from jaxopt_suite.optimizers.shampoo.batches import in_batches
 
 
 class Preconditioner(NamedTuple):
@@ -72,42 +74,37 @@ class Kronecker:
         A root that fails leaves the one before in use. A statistic that is not finite will never
         be so again: it begins anew from zero.
         """
-        batches: dict[tuple[int, Fraction], list[tuple[str, int]]] = {}
-        for name, part in due.items():
-            for mode, factor in enumerate(part.factors):
-                key = len(factor[0]), self._order(len(part.factors))
-                batches.setdefault(key, []).append((name, mode))
-        new = {name: ([*part.factors], [*part.roots], part.failures) for name, part in due.items()}
-        for (_, order), places in batches.items():
-            column = lambda field, places=places: jnp.concatenate(
-                [getattr(due[name], field)[mode] for name, mode in places]
-            )
-            failures = jnp.concatenate([due[name].failures[:, mode] for name, mode in places])
-            fresh = self._refresh_batch(column("factors"), column("roots"), failures, order, count)
-            start = 0
-            for name, mode in places:
-                factors, in_use, counts = new[name]
-                stop = start + len(factors[mode])
-                factors[mode], in_use[mode] = fresh.factors[0][start:stop], fresh.roots[0][start:stop]
-                new[name] = factors, in_use, counts.at[:, mode].set(fresh.failures[start:stop, 0])
-                start = stop
-        return {name: Preconditioner(tuple(f), tuple(r), n) for name, (f, r, n) in new.items()}
+        places = {
+            (name, mode): (factor, part.roots[mode], part.failures[:, mode])
+            for name, part in due.items()
+            for mode, factor in enumerate(part.factors)
+        }
+        order = lambda place: self._order(len(due[place[0]].factors))
+        fresh = in_batches(functools.partial(self._refresh_batch, count), places, order)
+        collected = {
+            name: zip(*(fresh[name, mode] for mode in range(len(part.factors))), strict=True)
+            for name, part in due.items()
+        }
+        return {
+            name: Preconditioner(factors, in_use, jnp.stack(failures, axis=1))
+            for name, (factors, in_use, failures) in collected.items()
+        }
 
     def _refresh_batch(
         self,
+        count: jax.Array,
+        order: Fraction,
         factors: jax.Array,
         in_use: jax.Array,
         failures: jax.Array,
-        order: Fraction,
-        count: jax.Array,
-    ) -> Preconditioner:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The same for matrices ``[n, d, d]`` of one size."""
         wide = jnp.promote_types(factors.dtype, jnp.float32)
         statistic = factors.astype(wide) / self._correction(count).astype(wide)
         found = roots.inverse_root(statistic, order, solver=self.solver, damping=self.damping)
         in_use, failures = roots.keep_last_good(found, in_use, failures)
         finite = jnp.all(jnp.isfinite(factors), axis=(1, 2), keepdims=True)
-        return Preconditioner((jnp.where(finite, factors, 0),), (in_use,), failures[:, None])
+        return jnp.where(finite, factors, 0), in_use, failures
 
     def _order(self, modes: int) -> Fraction:
         return 1 / (self.exponent or Fraction(1, 2 * modes))
