@@ -15,6 +15,7 @@ from benchmarks.parity import (
     onebit_adam,
     powersgd,
     reference,
+    roots,
     subset_norm,
     subspace_momentum,
 )
@@ -23,7 +24,16 @@ from jaxopt_suite.core.errors import UserError
 
 METHODS = {
     module.METHOD.name: module.METHOD
-    for module in (grams, subset_norm, subspace_momentum, adam_snsm, demo, onebit_adam, powersgd)
+    for module in (
+        grams,
+        subset_norm,
+        subspace_momentum,
+        adam_snsm,
+        demo,
+        onebit_adam,
+        powersgd,
+        roots,
+    )
 }
 LIMIT = 1e-5  # float32 rounding over 25 steps, with a margin of about ten
 RESULTS = _results.RESULTS / "parity.json"

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from fractions import Fraction
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,9 @@ from jaxopt_suite.optimizers.roots.products import (
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver
 from jaxopt_suite.optimizers.roots.stack import Stack, without_padding
 
-_NODES = 10_000  # DASH's; the coefficients of a degree below 1000 are exact to 1e-3 of the last
+_NODES = 10_000  # as many as DASH has
+
+_Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,15 +33,16 @@ class Chebyshev(Solver):
     that times $s^{-1/p}$: a factor which the code of DASH leaves out, so that its preconditioner
     does not scale with the gradient (a graft hides it).
 
-    **It is an approximation.** The coefficients fall like $k^{-1/2}$ at p = 4, and a small
-    ``epsilon`` is not resolved: at degree 60 the polynomial behaves like a relative damping of about
-    1e-5 with a ripple of 20 % over the whole spectrum. An ``epsilon`` of about 4/degree² or more is
-    resolved; then that is the damping. So ``max_residual`` is 10: what it finds is a spectrum
-    outside the interval, where the polynomial explodes.
+    **It is an approximation**, and ε is damping besides what is added to A. The truncation's error
+    falls like $e^{-2\sqrt\epsilon\,\mathrm{degree}}$: at ε = 4/degree² it is some percent. DASH's
+    ε of 1e-10 is not resolved by any degree in use: at p = 4 and degree 60 that is a ripple of 20 %
+    over the whole spectrum, and at p = 1 or 2 nothing of use. Since eigenvalues below ε s are far
+    from inverted, ``max_residual`` is 2: what it finds is a spectrum outside the interval, where
+    the polynomial explodes.
 
     Attributes:
       degree: at least 2; 20 in DASH's code, 60 in its runs.
-      epsilon: where the interval begins, in (0, 1]; relative to s, and apart from the damping.
+      epsilon: where the interval begins, relative to s, in (0, 1]; ``None`` is 4/degree².
       scale: s, see ``spectral_scale``.
 
     References:
@@ -49,26 +51,26 @@ class Chebyshev(Solver):
     """
 
     degree: int = 60
-    epsilon: float = 1e-10
+    epsilon: float | None = None
     scale: ScaleName = "frobenius"
-    max_residual: float = 10.0
+    max_residual: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         core.check_int("degree", self.degree, low=2)
-        core.check_number("epsilon", self.epsilon, low=0.0, high=1.0, low_open=True)
+        if self.epsilon is not None:
+            core.check_number("epsilon", self.epsilon, low=0.0, high=1.0, low_open=True)
         core.check_choice("scale", self.scale, SCALES)
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
         scale = spectral_scale(stack, self.scale)
         shifted = (2 / scale)[:, None, None] * stack.matrices - identity_like(stack.matrices)
-        series = jnp.asarray(coefficients(self.degree, self.epsilon, order), scale.dtype)
+        epsilon = 4 / self.degree**2 if self.epsilon is None else self.epsilon
+        series = jnp.asarray(coefficients(self.degree, epsilon, order), scale.dtype)
         root = _clenshaw(shifted, series) * (scale ** float(-1 / order))[:, None, None]
         root = without_padding(symmetric_part(root), stack.inside)
-        error = residual(
-            root, stack.matrices, stack.inside, order.numerator, order.denominator
-        )
+        error = residual(root, stack.matrices, stack.inside, order.numerator, order.denominator)
         steps = jnp.full_like(stack.exponent, self.degree)
         return Solved(root, error, steps)
 
@@ -91,7 +93,7 @@ def _clenshaw(s: jax.Array, series: jax.Array) -> jax.Array:
     """``sum_k series[k] T_k(s)`` for matrices with spectrum in [-1, 1]."""
     identity = identity_like(s)
 
-    def step(later: tuple[jax.Array, jax.Array], c: jax.Array) -> tuple[Any, None]:
+    def step(later: _Pair, c: jax.Array) -> tuple[_Pair, None]:
         first, second = later
         return (2 * product(s, first) - second + c * identity, first), None
 

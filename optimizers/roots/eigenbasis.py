@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_suite import core
-from jaxopt_suite.optimizers.roots import estimates
 from jaxopt_suite.optimizers.roots.products import distance_to_identity, product
 from jaxopt_suite.optimizers.roots.spectral import decompose
 from jaxopt_suite.optimizers.roots.stack import (
     add_to_diagonal,
     cleaned,
-    fill_padding,
     inside_of,
 )
 
@@ -44,9 +42,9 @@ def eigenbasis(
 
     **What follows the basis.** Quantities by column, as a second moment in the basis, are carried
     over by ``v[permutation]``; they are not rotated, as in SOAP. Vectors are rotated: a moment m in
-    the previous coordinates becomes $Q_{new}^T Q_{old}\, m$. The permutation is π with both methods,
-    so that after a decomposition too the quantity of the i-th largest estimate goes to the i-th
-    eigenvector; without ``previous`` it is that of no change.
+    the previous coordinates becomes $Q_{new}^T Q_{old}\, m$. The permutation is π with both
+    methods, so that after a decomposition too the quantity of the i-th largest estimate goes to the
+    i-th eigenvector; without ``previous`` it is that of no change.
 
     **Signs** are chosen so that nothing depends on a library's: of a column that follows another
     one, so that their product with A is positive (QR) or their own product is (eigh); without a
@@ -55,9 +53,10 @@ def eigenbasis(
     A matrix that is not finite, or a basis that is not orthonormal to 1e-2, leaves the previous
     basis (the identity, if there is none) and the permutation of no change, with ``ok`` false.
 
-    Departures from the official code (nikhilvyas/SOAP): A gets a multiple of the identity of size
-    of its own rounding, b ε λ, in a step of QR: columns of a null space stay what they were, where
-    the official ones become rounding noise; the signs of a step are its QR's.
+    Departures from the official code (nikhilvyas/SOAP): in a step of QR, A gets a multiple of the
+    identity of the size of its own rounding (its largest entry times b times the dtype's epsilon),
+    so that columns of a null space stay what they were, where the official ones become rounding
+    noise; the signs of the official step are those of its QR.
 
     Args:
       matrices: real floating ``[k, b, b]``, positive semidefinite; the symmetric part counts.
@@ -87,8 +86,10 @@ def eigenbasis(
     _, exponent = jnp.frexp(jnp.max(jnp.abs(clean), axis=(1, 2)))
     scaled = jnp.ldexp(clean, -exponent[:, None, None])
     start = None if previous is None else jnp.asarray(previous, scaled.dtype)
-    found = _decomposed(scaled, inside, start) if start is None or method == "eigh" else (
-        _stepped(scaled, inside, start)
+    found = (
+        _decomposed(scaled, inside, start)
+        if start is None or method == "eigh"
+        else (_stepped(scaled, inside, start))
     )
     found = found._replace(eigenvalues=jnp.ldexp(found.eigenvalues, exponent[:, None]))
     return _guarded(found, finite, start)
@@ -108,9 +109,9 @@ def _decomposed(a: jax.Array, inside: jax.Array, previous: jax.Array | None) -> 
 
 def _stepped(a: jax.Array, inside: jax.Array, previous: jax.Array) -> Eigenbasis:
     permutation, ordered, values = _sorted_columns(a, inside, previous)
-    rounding = a.shape[-1] * jnp.finfo(a.dtype).eps * estimates.power_iteration(a, inside)
-    shifted = add_to_diagonal(a, rounding[:, None] * inside)
-    image = product(fill_padding(shifted, inside, jnp.ones_like(rounding)), ordered)
+    size = jnp.sum(inside, axis=1, keepdims=True).astype(a.dtype)
+    shift = size * jnp.finfo(a.dtype).eps  # the largest entry of A is of order one here
+    image = product(add_to_diagonal(a, jnp.where(inside, shift, 1)), ordered)
     factors = core.batch_factorisation(lambda x: tuple(jnp.linalg.qr(x)))
     vectors, triangle = factors(image)
     along = jnp.diagonal(triangle, axis1=1, axis2=2)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxopt_suite.optimizers.roots.products import product
 
@@ -46,10 +47,9 @@ def power_iteration(matrices: jax.Array, inside: jax.Array) -> jax.Array:
 def _random_rows(rows: int, dtype: jnp.dtype) -> jax.Array:
     """Normal ``[rows, VECTORS - 1]``, row i the same whatever ``rows`` is: padding changes nothing.
 
-    Always the same ones: replicas agree, and no key is stored.
+    Always the same ones, a constant of the program: replicas agree, and no key is stored.
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(rows))
-    return jax.vmap(lambda key: jax.random.normal(key, (VECTORS - 1,), dtype))(keys)
+    return jnp.asarray(np.random.default_rng(0).standard_normal((rows, VECTORS - 1)), dtype)
 
 
 def largest_row_sum(matrices: jax.Array) -> jax.Array:

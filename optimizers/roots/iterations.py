@@ -14,10 +14,12 @@ ScaleName = Literal["frobenius", "power"]
 SCALES = ("frobenius", "power")
 POWER_FACTOR = 2.0  # power iteration gives a lower bound; the factor is DASH's
 
-# An error that grows by more than this ends an iteration, as in the code of Anil et al.
-_GROWTH = 1.2
-# Newton's error is squared in each step once it is small: one that is not even halved is rounding.
-_SMALL, _PROGRESS = 1e-3, 0.5
+# After the first step all eigenvalues of a convergent iteration lie in (0, 1], and so no entry is
+# further from the identity's than 1, though the largest distance may grow for a while.
+_BOUND = 1.01
+# Once it is small, Newton squares it in each step: growth by a fifth ends the iteration, as in the
+# code of Anil et al., and what is not even halved is rounding.
+_SMALL, _GROWTH, _PROGRESS = 1e-3, 1.2, 0.5
 
 Values = tuple[jax.Array, ...]  # each [k, b, b]
 
@@ -46,7 +48,7 @@ def iterate(
 ) -> Iterated:
     """Applies ``step`` until every matrix of the stack is done.
 
-    A matrix is done when its error is at most ``tolerance``; when the error grows by a fifth, or is
+    A matrix is done when its error is at most ``tolerance``; when the error shows divergence, or is
     not finite, and the step is taken back; and when a small error is no longer halved: then it is
     rounding that remains, of which more steps would make more. The loop ends with the last matrix,
     or after ``max_iterations``: it reads one Boolean of the device a turn, and where the stack is
@@ -67,7 +69,9 @@ def iterate(
     def turn(carry: _Carry) -> _Carry:
         new = step(carry.values)
         error = error_of(new)
-        accept = carry.running & (error <= _GROWTH * carry.error)  # false for NaN
+        small = carry.error < _SMALL
+        limit = jnp.where(small, _GROWTH * carry.error, _BOUND)
+        accept = carry.running & (error <= limit)  # false for NaN
         stalled = (error < _SMALL) & (error > _PROGRESS * carry.error)
         select = lambda a, b: jnp.where(accept[:, None, None], a, b)
         return _Carry(

@@ -91,7 +91,8 @@ class CoupledHigherOrder(Solver):
     root of order a, and the residual is that of the latter.
 
     Departures from Meta's code: it stops a stalled iteration when the error repeats to the last
-    bit, ours when it is no longer halved; it raises on a residual above 0.1, ours says so in ``ok``.
+    bit, ours when it is no longer halved; it raises on a residual above 0.1, ours says so in
+    ``ok``.
 
     Attributes:
       order: r, at least 2; 2 is Newton's method.

@@ -35,9 +35,10 @@ class NewtonDB(Solver):
 
     $$E = \tfrac32 I - \tfrac12 ZY, \quad Y \leftarrow YE, \quad Z \leftarrow EZ,$$
 
-    until $\max_{ij}|ZY - I|$ is at most ``tolerance``: then $\sqrt s\, Y = A^{1/2}$ and $Z/\sqrt s =
-    A^{-1/2}$. For p = 4 the square root, with scale s, is followed by its inverse square root, with
-    scale $\sqrt s$; and so on. A step is three products, and the first of each stage two.
+    until $\max_{ij}|ZY - I|$ is at most ``tolerance``: then $\sqrt s\, Y = A^{1/2}$ and
+    $Z/\sqrt s = A^{-1/2}$. For p = 4 the square root, with scale s, is followed by its inverse
+    square root, with scale $\sqrt s$; and so on. A step is three products, and the first of each
+    stage two.
 
     Departures from DASH: it makes 10 steps of each stage, whatever the matrix
     (``max_iterations=10, tolerance=None``), which gives up to twice the root where an eigenvalue is

@@ -21,6 +21,9 @@ class Eigh(Solver):
     Any order, and every damping. One batched decomposition on accelerators, one matrix after
     another on a CPU (``core.batch_factorisation``).
 
+    In float32 a decomposition has an error of some 1e-7 of the largest eigenvalue: the roots of the
+    smallest ones are worse than those of the iterations (``benchmarks.roots``).
+
     The residual is that of the decomposition, $\max_{ij} |Q^T A Q - \mathrm{diag}(\lambda)|_{ij} /
     \sqrt{\mu_i \mu_j}$ with the eigenvalues µ of which the root was taken: that of $X^p A - I$ but
     for what ``negative`` changed on purpose.
@@ -67,8 +70,7 @@ class Eigh(Solver):
 def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues ``[k, b]`` in descending order, and eigenvectors ``[k, b, b]`` in columns.
 
-    The padding has eigenvalues below all others, and so comes last: its columns are those of the
-    identity up to sign.
+    The padding has eigenvalues below all others, and so comes last; its columns are the identity's.
 
     Args:
       matrices: ``[k, b, b]``, symmetric, entries of order one at most, zero in the padding.
@@ -78,7 +80,8 @@ def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Ar
     filled = fill_padding(matrices, inside, below)
     eigh = core.batch_factorisation(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)))
     values, vectors = eigh(filled)
-    return values[:, ::-1], vectors[:, :, ::-1]
+    vectors = without_padding(vectors[:, :, ::-1], inside)
+    return values[:, ::-1], fill_padding(vectors, inside, jnp.ones_like(below))
 
 
 def _residual(

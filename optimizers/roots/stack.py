@@ -140,4 +140,5 @@ def unscaled(roots: jax.Array, exponent: jax.Array, order: Fraction) -> jax.Arra
     """Roots of the matrices as they were: times ``2**(-exponent / order)``, to one rounding."""
     quotient, rest = jnp.divmod(-exponent * order.denominator, order.numerator)
     table = 2.0 ** (np.arange(order.numerator) / order.numerator)
-    return jnp.ldexp(roots * jnp.asarray(table, roots.dtype)[rest][:, None, None], quotient[:, None, None])
+    factor = jnp.asarray(table, roots.dtype)[rest]
+    return jnp.ldexp(roots * factor[:, None, None], quotient[:, None, None])

@@ -22,6 +22,7 @@ OWN = {
     "compressed_bytes.json": {"topology", "mesh", "entries"},
     "recipe_collectives.json": {"topology", "mesh", "entries"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
+    "roots.json": {"order", "damping", "accuracy", "times"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }
 
