@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,29 @@ def name_of(block: Shape) -> str:
     return "x".join(map(str, block))
 
 
+def wide(tree: Any) -> Any:
+    """The dtype of the arithmetic: float32, or float64 if a leaf is."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
+
+
+def usable(gradients: Stacks) -> tuple[Stacks, dict[str, jax.Array]]:
+    """Gradients whose squares are numbers, zero in place of others.
+
+    Returns:
+      The gradients, and for each stack which blocks those are: bool ``[rows]``.
+    """
+    good = {
+        name: jnp.isfinite(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))))
+        for name, g in gradients.items()
+    }
+    return {name: where_rows(good[name], g, 0) for name, g in gradients.items()}, good
+
+
+def where_rows(rows: jax.Array, x: jax.Array, other: float) -> jax.Array:
+    """``x`` in the rows that are true, bool ``[rows]``, and ``other`` elsewhere."""
+    return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, other)
+
+
 def _segments(size: int, block_size: int) -> list[tuple[int, int, int]]:
     """Start, number of blocks and their length: of the whole blocks, and of what is left."""
     whole, rest = divmod(size, block_size)
@@ -174,7 +198,9 @@ def _cut(leaf: jax.Array, region: Region) -> jax.Array:
 def _uncut(rows: jax.Array, region: Region) -> jax.Array:
     """The inverse of ``_cut``: the region's part of the leaf."""
     order = len(region.block)
-    axes = [axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair]
+    axes = [
+        axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair
+    ]
     part = rows.reshape(*region.grid, *region.block).transpose(axes)
     return part.reshape([g * b for g, b in zip(region.grid, region.block, strict=True)])
 

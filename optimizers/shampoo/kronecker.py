@@ -56,6 +56,11 @@ def rotate_back(blocks: jax.Array, bases: Sequence[jax.Array | None]) -> jax.Arr
     return multiply(blocks, [None if q is None else jnp.swapaxes(q, 1, 2) for q in bases])
 
 
+def products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``X^T Y`` of each pair of matrices ``[rows, d, d]``."""
+    return _einsum("yab,yac->ybc", x, y)
+
+
 def _einsum(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
     # In full precision: a TPU would multiply float32 in bfloat16 passes, and a statistic with
     # errors of 1e-2 has no root worth taking.

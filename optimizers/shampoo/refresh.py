@@ -7,6 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxopt_suite import core
+
 Schedule = Literal["together", "staggered"]
 SCHEDULES = ("together", "staggered")
 
@@ -68,9 +70,7 @@ class Refresh:
             )
         return result
 
-    def _on_rows(
-        self, work: Callable[[Any], Any], stack: Any, first: jax.Array, width: int
-    ) -> Any:
+    def _on_rows(self, work: Callable[[Any], Any], stack: Any, first: jax.Array, width: int) -> Any:
         """``work`` on rows ``first`` to ``first + width`` of every device's part of the stack."""
 
         def parted(x: jax.Array) -> jax.Array:
@@ -85,3 +85,17 @@ class Refresh:
             return jax.lax.dynamic_update_slice_in_dim(parted(x), new, first, 1).reshape(x.shape)
 
         return jax.tree.map(put_back, stack, work(jax.tree.map(taken, stack)))
+
+
+def make_refresh(schedule: Schedule, every: int, start: int | None, multiple: int) -> Refresh:
+    """A checked schedule; a ``start`` of ``None`` is ``every``."""
+    core.check_choice("refresh", schedule, SCHEDULES)
+    core.check_int("refresh_every", every)
+    if start is not None:
+        core.check_int("start_step", start)
+        if schedule == "staggered" and start < every:
+            raise ValueError(
+                f"start_step must be at least refresh_every={every} where refresh='staggered', so "
+                f"that every block has a root by then; got {start}"
+            )
+    return Refresh(schedule, every, every if start is None else start, multiple)

@@ -10,7 +10,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import grafting
-from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks, cut
+from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks, cut, usable, where_rows, wide
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker, Preconditioner
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh
 
@@ -50,19 +50,19 @@ class Shampoo:
     def init(self, params: optax.Params) -> ScaleByShampooState:
         """No statistics, and roots that are the identity."""
         core.check_real_floating(params, "shampoo")
-        wide, blocks = _wide(params), self._blocks(params)
+        dtype, blocks = wide(params), self._blocks(params)
 
         def zeros(dtype: Any) -> Stacks:
             return {name: jnp.zeros(blocks.shape(name), dtype) for name in blocks.rows}
 
-        mu_dtype = self.mu_dtype or wide
+        mu_dtype = self.mu_dtype or dtype
         return ScaleByShampooState(
             count=jnp.zeros((), jnp.int32),
             mu=None if _is_zero(self.b1) else zeros(mu_dtype),
             trace=None if _is_zero(self.momentum) else zeros(mu_dtype),
-            nu=zeros(wide) if grafting.has_moment(self.graft) else None,
+            nu=zeros(dtype) if grafting.has_moment(self.graft) else None,
             preconditioners={
-                name: self.preconditioner.init(rows, blocks.shape(name)[1:], wide)
+                name: self.preconditioner.init(rows, blocks.shape(name)[1:], dtype)
                 for name, rows in blocks.rows.items()
             },
             skipped={name: jnp.zeros(rows, jnp.int32) for name, rows in blocks.rows.items()},
@@ -78,23 +78,22 @@ class Shampoo:
         """One step: gradients in, directions out."""
         del params, extra_args
         leaves, structure = jax.tree.flatten(updates)
-        blocks, count, wide = self._blocks(updates), optax.safe_increment(state.count), _wide(updates)
-        gradients, usable = _usable(blocks.stack([x.astype(wide) for x in leaves]))
+        blocks, dtype = self._blocks(updates), wide(updates)
+        gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
+        count = optax.safe_increment(state.count)
 
         parts = {
             name: self.preconditioner.observe(state.preconditioners[name], g)
             for name, g in gradients.items()
         }
-        parts = self.refresh.run(
-            lambda due: self.preconditioner.refresh(due, count), parts, count
-        )
+        parts = self.refresh.run(lambda due: self.preconditioner.refresh(due, count), parts, count)
         mu, mean = self._mean(state.mu, gradients, count)
         nu = self._moment(state.nu, gradients)
         directions = self._directions(parts, mean, nu, blocks, count)
         trace, directions = self._with_momentum(state.trace, directions)
 
-        directions = {name: _where(usable[name], x, 0) for name, x in directions.items()}
-        skipped = {name: n + ~usable[name] for name, n in state.skipped.items()}
+        directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
+        skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
         new_state = ScaleByShampooState(count, mu, trace, nu, parts, skipped)
         return structure.unflatten(blocks.unstack(directions, leaves)), new_state
 
@@ -157,25 +156,6 @@ class Shampoo:
         if not self.nesterov:
             return stored, new
         return stored, {name: decayed(new[name], d) for name, d in directions.items()}
-
-
-def _wide(tree: Any) -> Any:
-    """The dtype of the arithmetic: float32, or float64 if a leaf is."""
-    return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
-
-
-def _usable(gradients: Stacks) -> tuple[Stacks, dict[str, jax.Array]]:
-    """Gradients whose squares are numbers, zero in place of others; and which blocks those are."""
-    usable = {
-        name: jnp.isfinite(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))))
-        for name, g in gradients.items()
-    }
-    return {name: _where(usable[name], g, 0) for name, g in gradients.items()}, usable
-
-
-def _where(rows: jax.Array, x: jax.Array, other: float) -> jax.Array:
-    """``x`` in the rows that are true."""
-    return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, other)
 
 
 def _is_zero(value: Any) -> bool:

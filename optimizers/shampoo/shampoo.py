@@ -11,7 +11,7 @@ from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common, roots
 from jaxopt_suite.optimizers.shampoo import grafting
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker
-from jaxopt_suite.optimizers.shampoo.refresh import SCHEDULES, Refresh, Schedule
+from jaxopt_suite.optimizers.shampoo.refresh import Schedule, make_refresh
 from jaxopt_suite.optimizers.shampoo.rule import Shampoo
 
 
@@ -160,7 +160,7 @@ def scale_by_shampoo(
             factor_dtype=factor_dtype,
             root_dtype=root_dtype,
         ),
-        refresh=_refresh(refresh, refresh_every, start_step, stack_multiple),
+        refresh=make_refresh(refresh, refresh_every, start_step, stack_multiple),
         graft=graft,
         graft_b2=_graft_b2(graft_b2, b2),
         graft_eps=graft_eps,
@@ -283,19 +283,6 @@ def _fraction(exponent: float | Fraction | None) -> Fraction | None:
     if found is not None and not 0 < found <= 1:
         raise ValueError(f"exponent must be in (0, 1], got {exponent!r}")
     return found
-
-
-def _refresh(schedule: Schedule, every: int, start: int | None, multiple: int) -> Refresh:
-    core.check_choice("refresh", schedule, SCHEDULES)
-    core.check_int("refresh_every", every)
-    if start is not None:
-        core.check_int("start_step", start)
-        if schedule == "staggered" and start < every:
-            raise ValueError(
-                f"start_step must be at least refresh_every={every} where refresh='staggered', so "
-                f"that every block has a root by then; got {start}"
-            )
-    return Refresh(schedule, every, every if start is None else start, multiple)
 
 
 def _graft_b2(graft_b2: Any, b2: Any) -> Any:
