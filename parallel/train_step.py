@@ -170,10 +170,21 @@ class TrainStep:
                 in_shardings=(shardings, self.batch_sharding),
                 out_shardings=(shardings, self._replicated()),
                 donate_argnums=0,
+                compiler_options=self._compiler_options(),
             )
             structure = jax.tree.structure(layout.abstract_state)
             self._compiled[key] = self._compiled[structure] = layout, step
         return self._compiled[key]
+
+    def _compiler_options(self) -> dict[str, str] | None:
+        """Keeps XLA for TPUs from making all-reduces, which send twice as much, of small gathers.
+
+        It does so along axes that fill a two-dimensional torus, such as 64 workers on 8x8 chips.
+        """
+        on_tpu = self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+        if not on_tpu or self.placement.worker_axis is None:
+            return None
+        return {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
 
     def _of_state(self, state: TrainState) -> Any:
         found = self._compiled.get(jax.tree.structure(state))

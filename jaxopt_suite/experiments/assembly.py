@@ -18,6 +18,7 @@ from jaxopt_suite.experiments.config import LayoutConfig, refuse
 from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
 from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
+from jaxopt_suite.scaling_laws import noise_scale
 
 WORKER_AXIS = "worker"
 
@@ -126,6 +127,7 @@ def assemble_step(
     mesh: Mesh | None,
     clip: float | None,
     communicates: bool = False,
+    watched: int | None = None,
 ) -> TrainStep:
     """The train step of a model: clipping, then the optimizer.
 
@@ -139,6 +141,7 @@ def assemble_step(
       communicates: whether the optimizer takes the mean over workers itself. Otherwise, on a mesh
         with a worker axis, the mean of their gradients is taken before the clipping; a compressed
         one, as that of an optimizer that communicates, after each worker has clipped its own.
+      watched: sequences per step, to measure the gradient noise scale; None: not measured.
 
     Raises:
       UserError: if the mesh does not suit the model, or the options one another.
@@ -148,6 +151,10 @@ def assemble_step(
             if getattr(config, name):
                 refuse(name, getattr(config, name), "given with --mesh")
     worker_axis = WORKER_AXIS if mesh is not None and WORKER_AXIS in mesh.axis_names else None
+    workers = 1 if mesh is None else mesh.shape.get(WORKER_AXIS, 1)
+    if watched is not None and (communicates or workers < 2):
+        legal = f"given with --mesh {WORKER_AXIS}=4 or the like, and an optimizer that leaves the "
+        refuse("noise_scale", True, legal + "mean over workers to the step")
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     if config.compress is not None:
         if worker_axis is None:
@@ -156,7 +163,10 @@ def assemble_step(
         # was left out before would still hold the gradient at its full size.
         first = optax.chain(first, compressed(config, worker_axis))
     elif worker_axis is not None and not communicates:
-        first = optax.chain(mean_over(worker_axis), first)
+        mean = mean_over(worker_axis)
+        if watched is not None:
+            mean = noise_scale(mean, axis_name=worker_axis, batch_size=watched // workers)
+        first = optax.chain(mean, first)
     try:
         return make_train_step(
             functools.partial(model.loss_fn, graphdef),

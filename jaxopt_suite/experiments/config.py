@@ -129,6 +129,8 @@ class TrainConfig(ExperimentConfig):
       seed: of the initial parameters and of the order of the data.
       out: folder of the run; None: runs/OPTIMIZER-PRESET-seedSEED.
       log_every: steps between lines of metrics.jsonl.
+      noise_scale: measure the gradient noise scale, in sequences, between the workers of the mesh,
+        and log it.
       checkpoint_every: steps between checkpoints; one is always saved at the end.
       keep: checkpoints kept.
       mirror: tensorboard or wandb: copies every record there too; may be given for each of them.
@@ -145,6 +147,7 @@ class TrainConfig(ExperimentConfig):
     seed: int = 0
     out: str | None = None
     log_every: int = 10
+    noise_scale: bool = False
     checkpoint_every: int = 100
     keep: int = 3
     mirror: tuple[MirrorName, ...] = ()
@@ -164,6 +167,8 @@ class TrainConfig(ExperimentConfig):
         super().validate()
         for name in ("log_every", "checkpoint_every", "keep", "initialization_timeout"):
             at_least(name, getattr(self, name), 1)
+        if self.noise_scale and self.compress is not None:
+            refuse("noise_scale", True, "given without --compress: the mean must be exact")
         self._validate_processes()
         _seed("seed", self.seed)
         if self.learning_rate is not None:

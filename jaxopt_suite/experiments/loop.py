@@ -22,6 +22,7 @@ from jaxopt_suite.experiments.results import Stopped, TrainResult, summarize
 from jaxopt_suite.experiments.signals import StopRequest, signal_name, stop_on_signals
 from jaxopt_suite.experiments.steps import Metrics, Program, TrainState, build_program
 from jaxopt_suite.optimizers.registry import Recipe
+from jaxopt_suite.scaling_laws import read_noise_scale
 
 __all__ = ["TrainResult", "train"]
 
@@ -255,6 +256,16 @@ class _Trainer:
             "grad_norm": float(self.metrics.grad_norm),
             "lr": self.program.learning_rate(self.step),
             "tokens_per_second": tokens / self.watch.lap(),
+            **(self._noise_scale() if self.config.noise_scale else {}),
+        }
+
+    def _noise_scale(self) -> dict[str, Any]:
+        """The gradient noise scale so far; where there is none yet, null and the reason."""
+        estimate = read_noise_scale(self.state.opt_state)
+        known = estimate.status == "ok"
+        return {
+            "noise_scale": estimate.scale if known else None,
+            "noise_scale_status": estimate.status,
         }
 
     def _save(self) -> None:
@@ -339,6 +350,7 @@ def _identity(config: TrainConfig, program: Program, corpus: Corpus) -> dict[str
         "set": list(config.set),
         "hyperparameters": {name: _plain(v) for name, v in program.hyperparameters.items()},
         "n_params": program.n_params,
+        "model": dataclasses.asdict(program.sizes),
     }
 
 

@@ -17,6 +17,7 @@ def describe(record: Mapping[str, Any]) -> str:
         for key, label, form in (
             ("loss", "loss", ".4f"),
             ("val_loss", "validation", ".4f"),
+            ("noise_scale", "noise scale", ",.3g"),
             ("tokens_per_second", "tokens/s", ",.0f"),
         )
         if record.get(key) is not None

@@ -220,6 +220,7 @@ def _assemble(
             mesh=assembly.build_mesh(config),
             clip=config.clip,
             communicates=communicates,
+            watched=config.batch_size if config.noise_scale else None,
         ),
         eval_params=eval_params or (lambda opt_state, params: params),
         abstract_params=params,

@@ -22,6 +22,9 @@ OWN = {
     "compressed_bytes.json": {"topology", "mesh", "entries"},
     "recipe_collectives.json": {"topology", "mesh", "entries"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
+    "scaling_speed.json": {"name", "starts", "resamples", "seconds", "seconds_every_start_refined"}
+    | {"compile_seconds", "scipy_differences", "scipy_gradient", "times_faster", "objective"}
+    | {"times_faster_than_gradient", "status"},
     "roots.json": {"order", "damping", "accuracy", "times"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }

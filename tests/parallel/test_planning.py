@@ -131,6 +131,24 @@ def test_a_step_for_tpus_that_are_not_there(tpu_settings):
 
 
 @needs_libtpu
+def test_a_gather_among_workers_that_fill_a_torus_stays_a_gather(tpu_settings):
+    def gathered(updates, state, params=None):
+        del params
+        rows = jax.lax.all_gather(updates["w"].astype(np.uint8), "worker", to="invarying")
+        return {"w": rows.astype(np.float32).sum(0)}, state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), gathered)
+
+    def make_step(mesh):
+        return make_train_step(_loss, tx, mesh, worker_axis="worker")
+
+    batch = jax.ShapeDtypeStruct((64, WIDTH), np.float32)
+    made = plan(make_step, PARAMS, batch, topology="v5e:8x8", mesh={"worker": 64})
+    (link,) = made.links
+    assert link.nbytes == pytest.approx(63 * WIDTH * WIDTH, rel=0.01)  # twice that otherwise
+
+
+@needs_libtpu
 def test_a_step_too_large_for_its_tpu_is_planned_all_the_same(tpu_settings):
     params = {"w": jax.ShapeDtypeStruct((40_000, 40_000), np.float32)}  # 6 GiB, and Adam's 12
     batch = jax.ShapeDtypeStruct((8, 40_000), np.float32)

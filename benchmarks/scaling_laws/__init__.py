@@ -1,0 +1,1 @@
+"""How fast laws are fitted, against SciPy doing the same work."""
