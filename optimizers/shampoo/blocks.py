@@ -1,7 +1,6 @@
 """A tree of arrays cut into blocks, and all blocks of one shape in one stack.
 
-Every statement about shapes is made once, when the tree is first seen, so that a program has as many
-operations as there are block shapes, and a slice or two for each leaf.
+A program then has as many operations as there are block shapes, and a slice or two for each leaf.
 """
 
 import dataclasses

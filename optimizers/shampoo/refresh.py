@@ -48,8 +48,8 @@ class Refresh:
     def _one_slot(self, work: Work, stacks: dict[str, Any], count: jax.Array) -> dict[str, Any]:
         """Step t refreshes slot t mod K of every stack, so that all had their turn by step K.
 
-        A stack of fewer blocks than slots leaves some slots empty; stacks begin with different ones,
-        so that the empty slots of all do not fall on one step.
+        A stack of fewer blocks than slots leaves some slots empty; stacks begin with different
+        ones, so that the empty slots of all do not fall on one step.
         """
         result, used = dict(stacks), 0
         for name, stack in stacks.items():

@@ -159,5 +159,5 @@ class Shampoo:
 
 
 def _is_zero(value: Any) -> bool:
-    """Whether it is known to be zero: not for an array, which another call may give another value."""
+    """Whether it is known to be zero; of an array, whose value may change, it is not."""
     return isinstance(value, int | float) and value == 0

@@ -50,9 +50,9 @@ def scale_by_shampoo(
     $$M \leftarrow \beta_1 M + (1 - \beta_1) G, \qquad
     P = \frac{M}{1 - \beta_1^t} \times_1 X_1 \times_2 \dots \times_k X_k .$$
 
-    For matrices that is $L^{-1/4} \bar M R^{-1/4}$. With ``b2=1`` the statistics are sums, as in the
-    first paper. The damping $\rho_i$ is relative to the largest eigenvalue by default. A vector has
-    one mode: its blocks get full-matrix AdaGrad.
+    For matrices that is $L^{-1/4} \bar M R^{-1/4}$. With ``b2=1`` the statistics are sums, as in
+    the first paper. The damping $\rho_i$ is relative to the largest eigenvalue by default. A vector
+    has one mode: its blocks get full-matrix AdaGrad.
 
     **Grafting** gives the direction the length that another method's step would have, from the same
     mean gradient: $U = P\,\|D\| / \|P\|$, block by block or for whole parameters.
@@ -91,8 +91,8 @@ def scale_by_shampoo(
     Departures. From the 2018 paper: damping is added when a root is taken, not put into the
     statistics at the start, where a mean would forget it. From Meta's code: damping is relative by
     default (``roots.Absolute(1e-12)`` is its rule for positive definite statistics), ``start_step``
-    may be less than ``refresh_every``, failures never end the run. From Google's: roots precondition
-    the mean of the gradients, not each gradient before a mean is taken.
+    may be less than ``refresh_every``, failures never end the run. From Google's: roots
+    precondition the mean of the gradients, not each gradient before a mean is taken.
 
     Args:
       b1: decay of the mean of the gradients, in [0, 1).
