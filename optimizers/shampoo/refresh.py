@@ -48,15 +48,15 @@ class Refresh:
     def _one_slot(self, work: Work, stacks: dict[str, Any], count: jax.Array) -> dict[str, Any]:
         """Step t refreshes slot t mod K of every stack, so that all had their turn by step K.
 
-        A stack of fewer blocks than slots leaves some slots empty; stacks begin with different
-        ones, so that the empty slots of all do not fall on one step.
+        A stack of fewer blocks than slots leaves some slots empty; each stack begins where the one
+        before it ended, so that the empty slots of all do not fall on one step.
         """
         result, used = dict(stacks), 0
         for name, stack in stacks.items():
             rows = len(jax.tree.leaves(stack)[0]) // self.multiple
             width = -(-rows // self.every)
             slots = -(-rows // width)
-            slot = (count + used) % self.every
+            slot = (count - used) % self.every
             used += slots
             # The last slot may reach back into the one before it: a slice has one length.
             first = jnp.minimum(slot * width, rows - width)
