@@ -58,8 +58,8 @@ class Shampoo:
         mu_dtype = self.mu_dtype or dtype
         return ScaleByShampooState(
             count=jnp.zeros((), jnp.int32),
-            mu=None if _is_zero(self.b1) else zeros(mu_dtype),
-            trace=None if _is_zero(self.momentum) else zeros(mu_dtype),
+            mu=None if is_zero(self.b1) else zeros(mu_dtype),
+            trace=None if is_zero(self.momentum) else zeros(mu_dtype),
             nu=zeros(dtype) if grafting.has_moment(self.graft) else None,
             preconditioners={
                 name: self.preconditioner.init(rows, blocks.shape(name)[1:], dtype)
@@ -86,7 +86,7 @@ class Shampoo:
             name: self.preconditioner.observe(state.preconditioners[name], g)
             for name, g in gradients.items()
         }
-        parts = self.refresh.run(lambda due: self.preconditioner.refresh(due, count), parts, count)
+        parts = self.refresh.run(self.preconditioner.refresh, parts, count)
         mu, mean = self._mean(state.mu, gradients, count)
         nu = self._moment(state.nu, gradients)
         directions = self._directions(parts, mean, nu, blocks, count)
@@ -158,6 +158,6 @@ class Shampoo:
         return stored, {name: decayed(new[name], d) for name, d in directions.items()}
 
 
-def _is_zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
     """Whether it is known to be zero; of an array, whose value may change, it is not."""
     return isinstance(value, int | float) and value == 0
