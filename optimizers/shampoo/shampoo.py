@@ -12,7 +12,7 @@ from jaxopt_suite.optimizers import _common, roots
 from jaxopt_suite.optimizers.shampoo import grafting
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker
 from jaxopt_suite.optimizers.shampoo.refresh import Schedule, make_refresh
-from jaxopt_suite.optimizers.shampoo.rule import Shampoo
+from jaxopt_suite.optimizers.shampoo.rule import Shampoo, is_zero
 
 
 def scale_by_shampoo(
@@ -73,7 +73,8 @@ def scale_by_shampoo(
 
     **Failures.** A root that is not finite, or whose residual is large, leaves the one before in
     use; ``failures`` counts how often in a row. A statistic that is not finite begins again from
-    zero at its next refresh. A block whose gradient is not finite, or so large that its squares are
+    zero at its next refresh. One of zeros, of a block that never had a gradient, leaves the root
+    before in use and is no failure. A block whose gradient is not finite, or so large that its squares are
     not, is taken to have had a gradient of zero and is not moved in this step; ``skipped`` counts
     those. Nothing raises, and no other block is affected.
 
@@ -101,7 +102,7 @@ def scale_by_shampoo(
       merge_dims: join neighbouring dimensions while their product is at most ``block_size``, the
         last ones first.
       exponent: of the roots, in (0, 1]; ``None`` is 1/(2k). A float stands for the nearest fraction
-        with a denominator up to 64.
+        with a denominator up to 64, which must not be 0.
       refresh_every: steps from one root of a block to the next.
       refresh: ``"together"`` or ``"staggered"``.
       start_step: the first step, counted from 1, that is preconditioned; ``None`` is
@@ -109,11 +110,12 @@ def scale_by_shampoo(
       solver: a name in ``roots.SOLVERS``, or one of its objects.
       damping: ``roots.Relative``, ``roots.Absolute`` or ``roots.PseudoInverse``.
       graft: see above.
-      graft_b2: decay of its moment, in [0, 1); ``None`` is ``b2``, or 0.999 if that is 1.
+      graft_b2: decay of RMSProp's or Adam's moment, in [0, 1); ``None`` is ``b2``, or 0.999 if that
+        is 1.
       graft_eps: its ε, at least 0.
-      graft_scope: ``"block"`` or ``"parameter"``.
+      graft_scope: ``"block"`` or ``"parameter"``: what has a length.
       momentum: μ of T ← μ T + U, a second momentum after everything else, in [0, 1).
-      nesterov: give U + μ T instead of T.
+      nesterov: give U + μ T instead of T; needs ``momentum``.
       bias_correction: correct M and the statistics for beginning at zero.
       mu_dtype: of M and T; ``None`` is that of the arithmetic.
       factor_dtype: of the statistics; ``None`` likewise.
@@ -126,7 +128,8 @@ def scale_by_shampoo(
 
     Raises:
       ValueError, TypeError: for an argument out of range or a combination that has no meaning; at
-        ``init``, for a leaf that is not real floating point.
+        ``init``, for a leaf that is not real floating point, or with too many dimensions for the
+        solver.
 
     References:
       Gupta, Koren, Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", 2018,
@@ -140,12 +143,10 @@ def scale_by_shampoo(
     core.check_number("b2", b2, low=0.0, high=1.0)
     for name, value in {"block_size": block_size, "stack_multiple": stack_multiple}.items():
         core.check_int(name, value)
-    core.check_choice("graft", graft, grafting.GRAFTS)
-    core.check_choice("graft_scope", graft_scope, grafting.SCOPES)
-    core.check_number("graft_eps", graft_eps, low=0.0)
     core.check_number("momentum", momentum, low=0.0, high=1.0, high_open=True)
-    if graft_b2 is not None:
-        core.check_number("graft_b2", graft_b2, low=0.0, high=1.0, high_open=True)
+    if nesterov and is_zero(momentum):
+        raise ValueError(f"nesterov=True needs momentum above 0, got momentum={momentum!r}")
+    _check_graft(graft, graft_b2, graft_eps, graft_scope)
     rule = Shampoo(
         b1=b1,
         block_size=block_size,
@@ -154,7 +155,7 @@ def scale_by_shampoo(
         preconditioner=Kronecker(
             b2=b2,
             exponent=_fraction(exponent),
-            solver=roots.make_solver(solver),
+            solver=_checked_solver(solver, damping, exponent),
             damping=damping,
             bias_correction=bias_correction,
             factor_dtype=factor_dtype,
@@ -274,14 +275,44 @@ def shampoo(
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)
 
 
+def _check_graft(graft: Any, b2: Any, eps: Any, scope: Any) -> None:
+    core.check_choice("graft", graft, grafting.GRAFTS)
+    core.check_choice("graft_scope", scope, grafting.SCOPES)
+    core.check_number("graft_eps", eps, low=0.0)
+    if scope != "block" and graft == "none":
+        raise ValueError(f"graft_scope={scope!r} needs a graft, got graft='none'")
+    if b2 is None:
+        return
+    core.check_number("graft_b2", b2, low=0.0, high=1.0, high_open=True)
+    if graft not in ("rmsprop", "adam"):
+        raise ValueError(
+            f"graft_b2 is for graft='rmsprop' or 'adam', got graft_b2={b2!r} with graft={graft!r}"
+        )
+
+
+def _checked_solver(
+    solver: str | roots.Solver, damping: roots.Damping, exponent: float | Fraction | None
+) -> roots.Solver:
+    """The solver, if it goes with the others; orders of 2k are checked at ``init``."""
+    made, fraction = roots.make_solver(solver), _fraction(exponent)
+    roots.check_damping(damping)
+    made.check(Fraction(2) if fraction is None else 1 / fraction, damping)
+    return made
+
+
 def _fraction(exponent: float | Fraction | None) -> Fraction | None:
-    if exponent is None or isinstance(exponent, Fraction):
+    if exponent is None:
+        return None
+    if isinstance(exponent, Fraction):
         found = exponent
     else:
         core.check_number("exponent", exponent, low=0.0, high=1.0, low_open=True)
         found = Fraction(float(exponent)).limit_denominator(64)
-    if found is not None and not 0 < found <= 1:
-        raise ValueError(f"exponent must be in (0, 1], got {exponent!r}")
+    if not 0 < found <= 1:
+        raise ValueError(
+            f"exponent must be in (0, 1], a float with a fraction of a denominator up to 64 near "
+            f"it, got {exponent!r}"
+        )
     return found
 
 
