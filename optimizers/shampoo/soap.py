@@ -124,7 +124,8 @@ class _Soap:
             back = kronecker.rotate_back(direction, part.bases)
             directions[name] = jnp.where(begun, back, 0)
             new[name] = part._replace(
-                mu=jnp.where(begun, mu, 0).astype(part.mu.dtype), nu=jnp.where(begun, nu, 0)
+                mu=jnp.where(begun, mu, 0).astype(part.mu.dtype),
+                nu=jnp.where(begun, nu, 0).astype(part.nu.dtype),
             )
         return directions, new
 
