@@ -74,9 +74,9 @@ def scale_by_shampoo(
     **Failures.** A root that is not finite, or whose residual is large, leaves the one before in
     use; ``failures`` counts how often in a row. A statistic that is not finite begins again from
     zero at its next refresh. One of zeros, of a block that never had a gradient, leaves the root
-    before in use and is no failure. A block whose gradient is not finite, or so large that its squares are
-    not, is taken to have had a gradient of zero and is not moved in this step; ``skipped`` counts
-    those. Nothing raises, and no other block is affected.
+    before in use and is no failure. A block whose gradient is not finite, or so large that its
+    squares are not, is taken to have had a gradient of zero and is not moved in this step;
+    ``skipped`` counts those. Nothing raises, and no other block is affected.
 
     **Stacks.** All blocks of one shape, of whatever parameter, lie in one array ``[rows, *block]``,
     and so do their moments and statistics: the program grows with the number of block shapes. The
