@@ -165,9 +165,10 @@ def scale_by_soap(
 
     The first bases are eigenvectors of the first gradient's statistics, taken before its update.
 
-    **How it is kin to Shampoo.** Where V is the outer product of the eigenvalues of L and R, over
-    the trace, the update is Shampoo's with exponent 1/2. Adafactor's V would make it so; Adam's is
-    free, and is updated every step, so bases may be older than Shampoo's roots.
+    **How it is kin to Shampoo.** Where V is the outer product of the eigenvalues of L and R over
+    their trace, the update is that of Shampoo with exponent 1/2, times the root of the trace.
+    Adafactor's V would make it so; Adam's is free, and is updated every step, so bases may be older
+    than Shampoo's roots.
 
     **Failures.** A basis that is not finite or not orthonormal leaves the one before in use, with
     its moments; ``failures`` counts how often in a row. A statistic that is not finite begins again
