@@ -1,7 +1,13 @@
 """Inverse roots and eigenbases of stacks of positive semidefinite matrices."""
 
 from jaxopt_suite.optimizers.roots.chebyshev import Chebyshev
-from jaxopt_suite.optimizers.roots.damping import Absolute, Damping, PseudoInverse, Relative
+from jaxopt_suite.optimizers.roots.damping import (
+    Absolute,
+    Damping,
+    PseudoInverse,
+    Relative,
+    check_damping,
+)
 from jaxopt_suite.optimizers.roots.eigenbasis import Eigenbasis, eigenbasis
 from jaxopt_suite.optimizers.roots.inverse import (
     SOLVERS,
@@ -30,6 +36,7 @@ __all__ = [
     "RootResult",
     "Solved",
     "Solver",
+    "check_damping",
     "eigenbasis",
     "inverse_root",
     "keep_last_good",

@@ -1,0 +1,40 @@
+"""Work on many stacks of matrices at once: those of one size, of whatever block, are one batch."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Place = tuple[str, int]  # the name of a stack of blocks, and one of its modes
+
+
+def in_batches(
+    work: Callable[..., Any],
+    arrays: Mapping[Place, tuple[jax.Array, ...]],
+    kind: Callable[[Place], Hashable] = lambda place: None,
+) -> dict[Place, Any]:
+    """Calls ``work`` once for all places whose arrays have the same shapes but for their rows.
+
+    Args:
+      work: ``(kind, *arrays) -> pytree of arrays``, all with a leading axis of rows.
+      arrays: for each place as many arrays ``[rows, ...]`` as ``work`` takes.
+      kind: places of different kinds are not put together.
+
+    Returns:
+      For each place what ``work`` gave for its rows.
+    """
+    batches: dict[Any, list[Place]] = {}
+    for place, columns in arrays.items():
+        key = kind(place), tuple((x.shape[1:], x.dtype) for x in columns)
+        batches.setdefault(key, []).append(place)
+    result: dict[Place, Any] = {}
+    for (of_kind, _), places in batches.items():
+        columns = zip(*(arrays[place] for place in places), strict=True)
+        done = work(of_kind, *(jnp.concatenate(column) for column in columns))
+        start = 0
+        for place in places:
+            stop = start + len(arrays[place][0])
+            result[place] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], done)
+            start = stop
+    return result

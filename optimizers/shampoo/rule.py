@@ -1,0 +1,163 @@
+"""Shampoo: gradients preconditioned along every mode by a root of that mode's statistic."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxopt_suite import core
+from jaxopt_suite.optimizers import _common
+from jaxopt_suite.optimizers.shampoo import grafting
+from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks, cut, usable, where_rows, wide
+from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker, Preconditioner
+from jaxopt_suite.optimizers.shampoo.refresh import Refresh
+
+
+class ScaleByShampooState(NamedTuple):
+    """State of ``scale_by_shampoo``: stacks of blocks, keyed by the shape of a block.
+
+    Arithmetic is in float32, or in float64 if a parameter is; "wide" is that dtype.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # int32 []: updates so far
+    mu: Stacks | None  # mu_dtype or wide [rows, *block]: mean of gradients; None if b1 is 0
+    trace: Stacks | None  # mu_dtype or wide [rows, *block]: momentum; None if that is 0
+    nu: Stacks | None  # wide [rows, *block]: moment of the grafted method; None if it has none
+    preconditioners: dict[str, Preconditioner]  # statistics [rows, di, di], their roots, failures
+    skipped: dict[str, jax.Array]  # int32 [rows]: steps whose gradient could not be used
+
+
+@dataclasses.dataclass(frozen=True)
+class Shampoo:
+    """What ``scale_by_shampoo`` was called with, checked."""
+
+    b1: jax.typing.ArrayLike
+    block_size: int
+    merge_dims: bool
+    stack_multiple: int
+    preconditioner: Kronecker
+    refresh: Refresh
+    graft: grafting.Graft
+    graft_b2: jax.typing.ArrayLike
+    graft_eps: jax.typing.ArrayLike
+    graft_scope: grafting.Scope
+    momentum: jax.typing.ArrayLike
+    nesterov: bool
+    mu_dtype: Any
+
+    def init(self, params: optax.Params) -> ScaleByShampooState:
+        """No statistics, and roots that are the identity."""
+        core.check_real_floating(params, "shampoo")
+        dtype, blocks = wide(params), self._blocks(params)
+
+        def zeros(dtype: Any) -> Stacks:
+            return {name: jnp.zeros(blocks.shape(name), dtype) for name in blocks.rows}
+
+        mu_dtype = self.mu_dtype or dtype
+        return ScaleByShampooState(
+            count=jnp.zeros((), jnp.int32),
+            mu=None if is_zero(self.b1) else zeros(mu_dtype),
+            trace=None if is_zero(self.momentum) else zeros(mu_dtype),
+            nu=zeros(dtype) if grafting.has_moment(self.graft) else None,
+            preconditioners={
+                name: self.preconditioner.init(rows, blocks.shape(name)[1:], dtype)
+                for name, rows in blocks.rows.items()
+            },
+            skipped={name: jnp.zeros(rows, jnp.int32) for name, rows in blocks.rows.items()},
+        )
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: ScaleByShampooState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByShampooState]:
+        """One step: gradients in, directions out."""
+        del params, extra_args
+        leaves, structure = jax.tree.flatten(updates)
+        blocks, dtype = self._blocks(updates), wide(updates)
+        gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
+        count = optax.safe_increment(state.count)
+
+        parts = {
+            name: self.preconditioner.observe(state.preconditioners[name], g)
+            for name, g in gradients.items()
+        }
+        parts = self.refresh.run(self.preconditioner.refresh, parts, count)
+        mu, mean = self._mean(state.mu, gradients, count)
+        nu = self._moment(state.nu, gradients)
+        directions = self._directions(parts, mean, nu, blocks, count)
+        trace, directions = self._with_momentum(state.trace, directions)
+
+        directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
+        skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
+        new_state = ScaleByShampooState(count, mu, trace, nu, parts, skipped)
+        return structure.unflatten(blocks.unstack(directions, leaves)), new_state
+
+    def _blocks(self, tree: Any) -> Blocks:
+        return cut(
+            [jnp.shape(x) for x in jax.tree.leaves(tree)],
+            block_size=self.block_size,
+            merge_dims=self.merge_dims,
+            multiple=self.stack_multiple,
+        )
+
+    def _mean(
+        self, mu: Stacks | None, gradients: Stacks, count: jax.Array
+    ) -> tuple[Stacks | None, Stacks]:
+        """The new mean of the gradients, as it is stored and as it is used."""
+        if mu is None:
+            return None, gradients
+        new = {name: _common.update_mean(mu[name], g, self.b1) for name, g in gradients.items()}
+        stored = {name: x.astype(mu[name].dtype) for name, x in new.items()}
+        if not self.preconditioner.bias_correction:
+            return stored, new
+        correction = _common.bias_correction(self.b1, count)
+        return stored, {name: x / correction.astype(x.dtype) for name, x in new.items()}
+
+    def _moment(self, nu: Stacks | None, gradients: Stacks) -> Stacks | None:
+        if nu is None:
+            return None
+        step = lambda x, g: grafting.update_moment(self.graft, x, g, self.graft_b2)
+        return {name: step(nu[name], g) for name, g in gradients.items()}
+
+    def _directions(
+        self,
+        parts: dict[str, Preconditioner],
+        mean: Stacks,
+        nu: Stacks | None,
+        blocks: Blocks,
+        count: jax.Array,
+    ) -> Stacks:
+        """Preconditioned, with the grafted method's lengths; before the start that method's."""
+        grafted = {
+            name: grafting.direction(
+                self.graft, x, nu and nu[name], self.graft_b2, self.graft_eps, count
+            )
+            for name, x in mean.items()
+        }
+        found = {name: self.preconditioner.apply(parts[name], x) for name, x in mean.items()}
+        if self.graft != "none":
+            found = grafting.rescaled(found, grafted, blocks, self.graft_scope)
+        started = count >= self.refresh.start
+        return {name: jnp.where(started, x, grafted[name]) for name, x in found.items()}
+
+    def _with_momentum(
+        self, trace: Stacks | None, directions: Stacks
+    ) -> tuple[Stacks | None, Stacks]:
+        if trace is None:
+            return None, directions
+        decayed = lambda x, d: jnp.asarray(self.momentum, d.dtype) * x.astype(d.dtype) + d
+        new = {name: decayed(trace[name], d) for name, d in directions.items()}
+        stored = {name: x.astype(trace[name].dtype) for name, x in new.items()}
+        if not self.nesterov:
+            return stored, new
+        return stored, {name: decayed(new[name], d) for name, d in directions.items()}
+
+
+def is_zero(value: Any) -> bool:
+    """Whether it is known to be zero; of an array, whose value may change, it is not."""
+    return isinstance(value, int | float) and value == 0
