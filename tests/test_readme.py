@@ -2,8 +2,8 @@
 
 In a document, ``python`` blocks run in order in one namespace; a ``text`` block after one is its
 exact output. In a ``console`` block the lines that start with ``$`` are commands of ours, run in
-an empty folder. A block that cannot run here says why in a comment before it, in this form:
-``<!-- not run: why -->``.
+a folder that has nothing but a link to the clone's ``benchmarks``. A block that cannot run here
+says why in a comment before it, in this form: ``<!-- not run: why -->``.
 """
 
 import contextlib
@@ -96,6 +96,7 @@ def _has_blocks(path: pathlib.Path) -> bool:
 )
 def test_every_block_runs_and_prints_what_the_document_says(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     run_document(path.read_text())
 
 

@@ -30,8 +30,8 @@ def in_batches(
         batches.setdefault(key, []).append(place)
     result: dict[Place, Any] = {}
     for (of_kind, _), places in batches.items():
-        columns = zip(*(arrays[place] for place in places), strict=True)
-        done = work(of_kind, *(jnp.concatenate(column) for column in columns))
+        together = zip(*(arrays[place] for place in places), strict=True)
+        done = work(of_kind, *(jnp.concatenate(column) for column in together))
         start = 0
         for place in places:
             stop = start + len(arrays[place][0])

@@ -72,10 +72,10 @@ class Bases:
         stay with the columns that they belong to. A basis that fails stays, with its moments.
         """
         places = {
-            (name, mode): (factor, part.bases[mode], part.failures[:, mode])
+            (name, mode): (factor, basis, part.failures[:, mode])
             for name, part in due.items()
-            for mode, factor in enumerate(part.factors)
-            if factor is not None
+            for mode, (factor, basis) in enumerate(zip(part.factors, part.bases, strict=True))
+            if factor is not None and basis is not None
         }
         fresh = in_batches(functools.partial(_new_bases, method), places)
         result = {}

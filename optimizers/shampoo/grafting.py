@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite.optimizers._common import bias_correction
+from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks
 
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam"]
@@ -26,7 +26,7 @@ def update_moment(
     square = jnp.square(blocks).astype(nu.dtype)
     if graft == "adagrad":
         return nu + square
-    return decay * nu + (1.0 - decay) * square
+    return _common.update_mean(nu, square, decay)
 
 
 def direction(
@@ -50,7 +50,7 @@ def direction(
     if nu is None:
         return blocks
     if graft == "adam":
-        nu = nu / bias_correction(decay, count).astype(nu.dtype)
+        nu = nu / _common.bias_correction(decay, count).astype(nu.dtype)
     return blocks / (jnp.sqrt(nu) + jnp.asarray(eps, nu.dtype))
 
 
@@ -77,12 +77,12 @@ def rescaled(updates: Stacks, like: Stacks, blocks: Blocks, scope: Scope) -> Sta
 def _square_lengths(stacks: Stacks, blocks: Blocks, scope: Scope) -> Stacks:
     """For each row of each stack the sum of squares of what it is measured with: ``[rows]``."""
     own = {name: jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for name, x in stacks.items()}
-    if scope == "block":
+    if scope == "block" or not own:
         return own
     # Padding belongs to nobody; its sums, which are zero, go to a place behind the last leaf.
     leaves = len(blocks.shapes)
     owners = {name: blocks.owners(name) % (leaves + 1) for name in own}
-    total = jnp.zeros(leaves + 1, next(iter(own.values())).dtype) if own else None
+    total = jnp.zeros(leaves + 1, next(iter(own.values())).dtype)
     for name, sums in own.items():
         total = total.at[owners[name]].add(sums)
     return {name: total[owners[name]] for name in own}

@@ -135,7 +135,7 @@ class Shampoo:
         """Preconditioned, with the grafted method's lengths; before the start that method's."""
         grafted = {
             name: grafting.direction(
-                self.graft, x, nu and nu[name], self.graft_b2, self.graft_eps, count
+                self.graft, x, nu[name] if nu else None, self.graft_b2, self.graft_eps, count
             )
             for name, x in mean.items()
         }

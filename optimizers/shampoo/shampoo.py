@@ -236,7 +236,7 @@ def shampoo(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from jaxopt_suite.optimizers import shampoo
+      >>> from jaxopt_suite.optimizers.shampoo import shampoo
       >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([[1.0], [100.0]]) * (w - 1.0) ** 2)
       >>> tx, w = shampoo(0.3, refresh_every=1), jnp.zeros((2, 3))
       >>> state = tx.init(w)

@@ -288,7 +288,7 @@ def soap(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from jaxopt_suite.optimizers import soap
+      >>> from jaxopt_suite.optimizers.shampoo import soap
       >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([[1.0], [100.0]]) * (w - 1.0) ** 2)
       >>> tx, w = soap(optax.linear_schedule(0.3, 0.0, 100), refresh_every=1), jnp.zeros((2, 3))
       >>> state = tx.init(w)

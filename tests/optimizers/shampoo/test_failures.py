@@ -144,7 +144,9 @@ def test_a_root_that_cannot_be_taken_is_counted_in_a_row_and_the_one_before_stay
             np.testing.assert_array_equal(root[0], np.eye(root.shape[-1]))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_gradients_are_worked_on_in_float32(method, dtype):
     gradients = modes.normal(SHAPES, 6, dtype=np.float32)
@@ -181,6 +183,7 @@ def test_stored_parts_have_the_dtypes_asked_for_and_the_steps_stay_close():
             assert modes.relative_difference(other[name], one[name]) < 0.1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_float64_parameters_keep_a_float64_state_whatever_the_gradients(method):
     with jax.enable_x64(True):

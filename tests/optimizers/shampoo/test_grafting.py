@@ -36,7 +36,10 @@ def settings(kind, **others):
     return given
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["adam", *(pytest.param(k, marks=pytest.mark.exhaustive) for k in KINDS if k != "adam")],
+)
 def test_before_the_start_the_grafted_method_steps_and_then_gives_its_length(kind):
     with jax.enable_x64(True):
         gradients = modes.normal({"w": (6, 2), "v": (4,)}, STEPS)
@@ -62,8 +65,9 @@ def test_before_the_start_the_grafted_method_steps_and_then_gives_its_length(kin
                 np.testing.assert_allclose(update, length * preconditioned, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "multiple"), [("adam", 4), pytest.param("sgd", 1, marks=pytest.mark.exhaustive)]
+)
 def test_per_parameter_all_blocks_of_a_leaf_have_one_factor(kind, multiple):
     with jax.enable_x64(True):
         gradients = modes.normal(SHAPES, STEPS)

@@ -44,9 +44,7 @@ def by_hand(gradients, *, b1, b2, epsilon, exponent=None):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("b1", "b2", "exponent"), [(0.0, 1.0, None), (0.9, 0.95, None), (0.9, 0.95, 0.4)]
-)
+@pytest.mark.parametrize(("b1", "b2", "exponent"), [(0.0, 1.0, None), (0.9, 0.95, 0.4)])
 def test_statistics_and_updates_of_25_steps_are_those_written_down_in_numpy(b1, b2, exponent):
     gradients = modes.normal(SHAPES, 25)
     tx = scale_by_shampoo(b1, b2, damping=roots.Absolute(EPSILON), exponent=exponent, **PLAIN)
@@ -147,7 +145,9 @@ def test_a_block_size_from_the_largest_dimension_on_is_no_blocking():
         np.testing.assert_array_equal(one["w"], other["w"])
 
 
-@pytest.mark.parametrize("refresh", ["together", "staggered"])
+@pytest.mark.parametrize(
+    "refresh", ["staggered", pytest.param("together", marks=pytest.mark.exhaustive)]
+)
 def test_neither_the_order_of_leaves_nor_padding_of_stacks_changes_a_step(refresh):
     settings = {"block_size": 3, "refresh_every": 1, "refresh": refresh}
     gradients = modes.normal({"a": (6, 3), "b": (3, 3), "c": (3,)}, 4, dtype=np.float32)
@@ -195,7 +195,9 @@ def test_a_fraction_and_the_float_next_to_it_are_one_exponent():
     np.testing.assert_array_equal(*found)
 
 
-@pytest.mark.parametrize("solver", ["coupled_newton", "newton_db"])
+@pytest.mark.parametrize(
+    "solver", ["coupled_newton", pytest.param("newton_db", marks=pytest.mark.exhaustive)]
+)
 def test_another_solver_gives_the_same_step(solver):
     gradients = modes.normal({"w": (6, 4), "v": (3,)}, 8, dtype=np.float32)
     settings = {"refresh_every": 8, "damping": roots.Relative(1e-3), "merge_dims": False}
