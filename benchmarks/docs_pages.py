@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import _results, docs_communication
+from benchmarks import _results, docs_communication, docs_laws
 from benchmarks.markdown import measured, table
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers import Recipe, registry
@@ -227,10 +227,16 @@ def communication(results: pathlib.Path = _results.RESULTS) -> str:
     return docs_communication.fill(text, docs_communication.sections(results))
 
 
+def laws(results: pathlib.Path = _results.RESULTS) -> str:
+    """``docs/laws.md``: the scaling laws, and what was measured of their fits."""
+    return f"{_NOTICE}\n{docs_laws.page(results)}"
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "fidelity.md": fidelity,
     "claims.md": claims,
     "optimizers.md": optimizers,
+    "laws.md": laws,
     "guides/communication.md": communication,
 }
 
