@@ -76,7 +76,7 @@ def test_the_best_of_4500_default_lbfgs_runs_on_the_mean_is_rejected(kept_runs):
     judged = scaling_laws.certify(CHINCHILLA, kept_runs, values)
     assert judged.status == "not a minimum"
     assert judged.gradient > 1e-2  # of a true minimum: below 1e-8
-    assert judged.restart_gain > 0.05  # the spec's 8.9 % above the optimum, over itself
+    assert judged.restart_gain > 0.05  # 8.9 % above the optimum
 
 
 def test_a_thousand_resamples_have_the_published_spread(fitted):
