@@ -239,10 +239,13 @@ def shampoo(
       >>> from jaxopt_suite.optimizers.shampoo import shampoo
       >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([[1.0], [100.0]]) * (w - 1.0) ** 2)
       >>> tx, w = shampoo(0.3, refresh_every=1), jnp.zeros((2, 3))
+      >>> @jax.jit
+      ... def step(w, state):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     return optax.apply_updates(w, updates), state
       >>> state = tx.init(w)
       >>> for _ in range(100):
-      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
-      ...     w = optax.apply_updates(w, updates)
+      ...     w, state = step(w, state)
       >>> bool(loss(w) < 1e-2)
       True
 

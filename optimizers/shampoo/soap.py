@@ -143,7 +143,7 @@ def scale_by_soap(
     refresh_every: int = 10,
     refresh: Schedule = "together",
     method: Method = "qr",
-    first_step: FirstStep = "update",
+    first_step: FirstStep = "skip",
     eps_mode: _common.EpsMode = "corrected",
     mu_dtype: Any = None,
     stack_multiple: int = 1,
@@ -163,7 +163,9 @@ def scale_by_soap(
     coordinates and cannot be; it stays with its columns, in their new order. Tensors of more
     dimensions have a basis for each.
 
-    The first bases are eigenvectors of the first gradient's statistics, taken before its update.
+    The first bases are eigenvectors of the first gradient's statistics. No step is taken with that
+    gradient, as in the official code: in its own eigenbases it is diagonal, and Adam would raise
+    the rounding errors beside the diagonal to the size of what is on it.
 
     **How it is kin to Shampoo.** Where V is the outer product of the eigenvalues of L and R over
     their trace, the update is that of Shampoo with exponent 1/2, times the root of the trace.
@@ -180,12 +182,11 @@ def scale_by_soap(
     Memory, for an m-by-n matrix in one block: 2mn + 2m² + 2n² floats; ``one_sided`` leaves out the
     squares of the longer side.
 
-    Departures from the official code (nikhilvyas/SOAP), and what undoes them: it takes no step with
-    the first gradient (``first_step="skip"``); it adds ε before V is corrected
-    (``eps_mode="uncorrected"``); it decays weights after the step instead of before. A dimension
-    longer than its ``max_precond_dim`` has no basis there, and is cut into blocks here. From Meta's
-    eigenvalue-corrected Shampoo, whose bases are refreshed before a step and whose V stays where it
-    was when columns change their order.
+    Departures from the official code (nikhilvyas/SOAP): it adds ε before V is corrected
+    (``eps_mode="uncorrected"`` does so); it decays weights after the step instead of before; a
+    dimension longer than its ``max_precond_dim`` has no basis there, and is cut into blocks here.
+    From Meta's eigenvalue-corrected Shampoo: its bases are refreshed before a step, and its V stays
+    where it was when columns change their order.
 
     Args:
       b1: decay of M, in [0, 1).
@@ -199,7 +200,7 @@ def scale_by_soap(
       refresh_every: steps from one basis of a block to the next.
       refresh: ``"together"``, or ``"staggered"``: a ``refresh_every``-th of the blocks each step.
       method: ``"qr"``: a step of orthogonal iteration, as above; ``"eigh"``: a decomposition.
-      first_step: ``"update"`` or ``"skip"``.
+      first_step: ``"skip"``, or ``"update"``: take a step with the first gradient too.
       eps_mode: ``"corrected"``, as ``optax.scale_by_adam`` adds ε, or ``"uncorrected"``.
       mu_dtype: of M; ``None`` is that of the arithmetic.
       stack_multiple: pad every stack to a multiple of this many rows.
@@ -256,7 +257,7 @@ def soap(
     refresh_every: int = 10,
     refresh: Schedule = "together",
     method: Method = "qr",
-    first_step: FirstStep = "update",
+    first_step: FirstStep = "skip",
     eps_mode: _common.EpsMode = "corrected",
     mu_dtype: Any = None,
     stack_multiple: int = 1,
@@ -290,11 +291,14 @@ def soap(
       >>> import jax, jax.numpy as jnp, optax
       >>> from jaxopt_suite.optimizers.shampoo import soap
       >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([[1.0], [100.0]]) * (w - 1.0) ** 2)
-      >>> tx, w = soap(optax.linear_schedule(0.3, 0.0, 100), refresh_every=1), jnp.zeros((2, 3))
-      >>> state = tx.init(w)
-      >>> for _ in range(100):
+      >>> tx, w = soap(optax.linear_schedule(0.3, 0.0, 200), refresh_every=1), jnp.zeros((2, 3))
+      >>> @jax.jit
+      ... def step(w, state):
       ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
-      ...     w = optax.apply_updates(w, updates)
+      ...     return optax.apply_updates(w, updates), state
+      >>> state = tx.init(w)
+      >>> for _ in range(200):
+      ...     w, state = step(w, state)
       >>> bool(loss(w) < 1e-2)
       True
 

@@ -67,11 +67,11 @@ def by_hand(gradients, *, every, first, skip=False, rotated=(True, True), uncorr
 @pytest.mark.parametrize(
     ("shape", "ours", "theirs"),
     [
-        ((5, 3), {"first_step": "skip"}, {"skip": True}),
-        ((4, 4), {"first_step": "skip", "eps_mode": "uncorrected"}, {"skip": True}),
-        ((5, 3), {"one_sided": True}, {"rotated": (False, True)}),
-        ((3, 5), {"one_sided": True}, {"rotated": (True, False)}),
-        ((4, 4), {"one_sided": True}, {"rotated": (False, True)}),
+        ((5, 3), {}, {"skip": True}),
+        ((4, 4), {"eps_mode": "uncorrected"}, {"skip": True}),
+        ((5, 3), {"one_sided": True, "first_step": "update"}, {"rotated": (False, True)}),
+        ((3, 5), {"one_sided": True, "first_step": "update"}, {"rotated": (True, False)}),
+        ((4, 4), {"one_sided": True}, {"rotated": (False, True), "skip": True}),
     ],
 )
 def test_ten_steps_are_those_written_down_in_numpy(shape, ours, theirs):
@@ -96,11 +96,11 @@ def test_ten_steps_are_those_written_down_in_numpy(shape, ours, theirs):
 
 
 @pytest.mark.parametrize("settings", [{}, {"mu_dtype": "bfloat16"}])
-def test_vectors_get_adam(settings):
+def test_vectors_get_adam_from_the_second_gradient_on(settings):
     gradients = modes.normal({"v": (6,), "s": ()}, 6, dtype=np.float32)
     found, _ = modes.run(scale_by_soap(B1, B2, EPS, refresh_every=2, **settings), gradients)
-    expected, _ = modes.run(optax.scale_by_adam(B1, B2, EPS, **settings), gradients)
-    for one, other in zip(found, expected, strict=True):
+    expected, _ = modes.run(optax.scale_by_adam(B1, B2, EPS, **settings), gradients[1:])
+    for one, other in zip(found[1:], expected, strict=True):
         for name in one:
             # bfloat16's moment is rounded in optax before it is used, and after it here.
             tolerance = 1e-2 if settings else 1e-5
