@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxopt_suite import core
+
 Shape = tuple[int, ...]
 Stacks = dict[str, jax.Array]  # by block shape, as in "256x128": [blocks, 256, 128]
 
@@ -94,6 +96,28 @@ class Blocks:
             if name_of(region.block) == name:
                 owners[region.row : region.row + region.rows] = region.leaf
         return owners
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How trees are cut, whatever their leaves; the attributes are arguments of ``cut``."""
+
+    block_size: int
+    merge_dims: bool
+    stack_multiple: int
+
+    def __post_init__(self) -> None:
+        core.check_int("block_size", self.block_size)
+        core.check_int("stack_multiple", self.stack_multiple)
+
+    def blocks(self, tree: Any) -> Blocks:
+        """The blocks of a tree of arrays, or of their shapes and dtypes."""
+        return cut(
+            [jnp.shape(x) for x in jax.tree.leaves(tree)],
+            block_size=self.block_size,
+            merge_dims=self.merge_dims,
+            multiple=self.stack_multiple,
+        )
 
 
 def cut(

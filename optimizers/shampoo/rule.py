@@ -10,7 +10,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import grafting
-from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks, cut, usable, where_rows, wide
+from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Cutting, Stacks, usable, where_rows, wide
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker, Preconditioner
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh
 
@@ -34,9 +34,7 @@ class Shampoo:
     """What ``scale_by_shampoo`` was called with, checked."""
 
     b1: jax.typing.ArrayLike
-    block_size: int
-    merge_dims: bool
-    stack_multiple: int
+    cutting: Cutting
     preconditioner: Kronecker
     refresh: Refresh
     graft: grafting.Graft
@@ -50,7 +48,7 @@ class Shampoo:
     def init(self, params: optax.Params) -> ScaleByShampooState:
         """No statistics, and roots that are the identity."""
         core.check_real_floating(params, "shampoo")
-        dtype, blocks = wide(params), self._blocks(params)
+        dtype, blocks = wide(params), self.cutting.blocks(params)
 
         def zeros(dtype: Any) -> Stacks:
             return {name: jnp.zeros(blocks.shape(name), dtype) for name in blocks.rows}
@@ -78,7 +76,7 @@ class Shampoo:
         """One step: gradients in, directions out."""
         del params, extra_args
         leaves, structure = jax.tree.flatten(updates)
-        blocks, dtype = self._blocks(updates), wide(updates)
+        blocks, dtype = self.cutting.blocks(updates), wide(updates)
         gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
         count = optax.safe_increment(state.count)
 
@@ -96,14 +94,6 @@ class Shampoo:
         skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
         new_state = ScaleByShampooState(count, mu, trace, nu, parts, skipped)
         return structure.unflatten(blocks.unstack(directions, leaves)), new_state
-
-    def _blocks(self, tree: Any) -> Blocks:
-        return cut(
-            [jnp.shape(x) for x in jax.tree.leaves(tree)],
-            block_size=self.block_size,
-            merge_dims=self.merge_dims,
-            multiple=self.stack_multiple,
-        )
 
     def _mean(
         self, mu: Stacks | None, gradients: Stacks, count: jax.Array

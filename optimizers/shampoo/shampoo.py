@@ -10,6 +10,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common, roots
 from jaxopt_suite.optimizers.shampoo import grafting
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker
 from jaxopt_suite.optimizers.shampoo.refresh import Schedule, make_refresh
 from jaxopt_suite.optimizers.shampoo.rule import Shampoo, is_zero
@@ -141,17 +142,13 @@ def scale_by_shampoo(
     """
     _common.check_adam_arguments(b1=b1)
     core.check_number("b2", b2, low=0.0, high=1.0)
-    for name, value in {"block_size": block_size, "stack_multiple": stack_multiple}.items():
-        core.check_int(name, value)
     core.check_number("momentum", momentum, low=0.0, high=1.0, high_open=True)
     if nesterov and is_zero(momentum):
         raise ValueError(f"nesterov=True needs momentum above 0, got momentum={momentum!r}")
     _check_graft(graft, graft_b2, graft_eps, graft_scope)
     rule = Shampoo(
         b1=b1,
-        block_size=block_size,
-        merge_dims=merge_dims,
-        stack_multiple=stack_multiple,
+        cutting=Cutting(block_size, merge_dims, stack_multiple),
         preconditioner=Kronecker(
             b2=b2,
             exponent=_fraction(exponent),

@@ -10,7 +10,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import kronecker
-from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks, cut, usable, where_rows, wide
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
 from jaxopt_suite.optimizers.shampoo.eigenbases import Bases, Method, Rotated
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh, Schedule, make_refresh
 
@@ -37,9 +37,7 @@ class _Soap:
     b2: jax.typing.ArrayLike
     eps: jax.typing.ArrayLike
     eps_mode: _common.EpsMode
-    block_size: int
-    merge_dims: bool
-    stack_multiple: int
+    cutting: Cutting
     bases: Bases
     refresh: Refresh
     method: Method
@@ -48,7 +46,7 @@ class _Soap:
 
     def init(self, params: optax.Params) -> ScaleBySoapState:
         core.check_real_floating(params, "soap")
-        dtype, blocks = wide(params), self._blocks(params)
+        dtype, blocks = wide(params), self.cutting.blocks(params)
         return ScaleBySoapState(
             count=jnp.zeros((), jnp.int32),
             rotated={
@@ -67,7 +65,7 @@ class _Soap:
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
         leaves, structure = jax.tree.flatten(updates)
-        blocks, dtype = self._blocks(updates), wide(updates)
+        blocks, dtype = self.cutting.blocks(updates), wide(updates)
         gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
         count = optax.safe_increment(state.count)
         first = count == 1
@@ -86,14 +84,6 @@ class _Soap:
         skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
         new_state = ScaleBySoapState(count, parts, skipped)
         return structure.unflatten(blocks.unstack(directions, leaves)), new_state
-
-    def _blocks(self, tree: Any) -> Blocks:
-        return cut(
-            [jnp.shape(x) for x in jax.tree.leaves(tree)],
-            block_size=self.block_size,
-            merge_dims=self.merge_dims,
-            multiple=self.stack_multiple,
-        )
 
     def _observe(
         self, parts: dict[str, Rotated], gradients: Stacks, active: jax.Array
@@ -220,8 +210,6 @@ def scale_by_soap(
     _common.check_adam_arguments(b1=b1, b2=b2, eps=eps, eps_mode=eps_mode)
     if shampoo_beta is not None:
         core.check_number("shampoo_beta", shampoo_beta, low=0.0, high=1.0, high_open=True)
-    for name, value in {"block_size": block_size, "stack_multiple": stack_multiple}.items():
-        core.check_int(name, value)
     core.check_choice("method", method, ("qr", "eigh"))
     core.check_choice("first_step", first_step, FIRST_STEPS)
     rule = _Soap(
@@ -229,9 +217,7 @@ def scale_by_soap(
         b2=b2,
         eps=eps,
         eps_mode=eps_mode,
-        block_size=block_size,
-        merge_dims=merge_dims,
-        stack_multiple=stack_multiple,
+        cutting=Cutting(block_size, merge_dims, stack_multiple),
         bases=Bases(b2 if shampoo_beta is None else shampoo_beta, one_sided, rotate_vectors),
         refresh=make_refresh(refresh, refresh_every, None, stack_multiple),
         method=method,

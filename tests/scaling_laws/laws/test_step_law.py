@@ -1,9 +1,5 @@
 """Step Law: stored fits, a refit of the released runs, and what its settings lose in them."""
 
-import csv
-import os
-import pathlib
-
 import numpy as np
 import pytest
 
@@ -12,29 +8,19 @@ from jaxopt_suite.scaling_laws import laws
 from jaxopt_suite.scaling_laws.refusals import NoInteriorOptimum
 
 STEP = laws.step_law
-VARIABLE = "JAXOPT_SUITE_PUBLIC_DATA"
-
-
-def _table(name):
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        pytest.skip(f"needs {VARIABLE}, the folder with other people's published runs")
-    with open(pathlib.Path(folder) / name, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return lambda column: np.array([float(row[column]) for row in rows])
 
 
 @pytest.fixture(scope="module")
-def dense():
-    column = _table("steplaw_dense.csv")
+def dense(public_columns):
+    column = public_columns("steplaw_dense.csv")
     runs = {"N": column("N"), "D": column("D"), "lr": column("lr"), "loss": column("smooth loss")}
     runs["batch_tokens"] = 2048 * column("bs")
     runs["cell"] = np.unique(runs["N"] * 1e3 + runs["D"] / 1e9, return_inverse=True)[1]
     return runs
 
 
-def test_the_mean_of_the_stored_fits():
-    column = _table("steplaw_fits.csv")
+def test_the_mean_of_the_stored_fits(public_columns):
+    column = public_columns("steplaw_fits.csv")
     rate = laws.StepLawRate.presets["step_law_stored"].values
     batch = laws.StepLawBatch.presets["step_law_stored"].values
     assert np.exp(column("lr_intercept").mean()) == pytest.approx(rate["c"], rel=1e-3)
