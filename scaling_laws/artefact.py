@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxopt_suite.core.plain import plain
 from jaxopt_suite.scaling_laws import laws
 from jaxopt_suite.scaling_laws.certificate import Certificate
 from jaxopt_suite.scaling_laws.law import Law
@@ -43,7 +44,7 @@ def write(fit: "Fit") -> str:
         "seed": fit.seed,
         "versions": {"python": platform.python_version(), **versions},
     }
-    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read(text: str, law: Law | None = None) -> dict[str, Any]:
@@ -90,18 +91,6 @@ def read(text: str, law: Law | None = None) -> dict[str, Any]:
         "allow": tuple(content["allow"]),
         "seed": content["seed"],
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _objective(stored: dict[str, Any]) -> Objective:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
+from jaxopt_suite.core.plain import plain
 from jaxopt_suite.experiments import markup, plots
 from jaxopt_suite.experiments.fit_checks import checklist
 from jaxopt_suite.experiments.fit_study import Study
@@ -119,23 +118,11 @@ def to_json(report: Report) -> str:
         "environment": dict(report.environment),
         "command": report.command,
     }
-    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _dict(value: Any) -> dict[str, Any] | None:
     return None if value is None else dataclasses.asdict(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def write(report: Report, folder: pathlib.Path) -> None:
