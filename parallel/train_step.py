@@ -273,7 +273,8 @@ class TrainStep:
             # With ZeRO axes each device updates its part of the parameters, and only then are they
             # put together again.
             at = state._replace(params=constrain(state.params, layout.update_specs))
-            extra = {} if axis is None else {"param_specs": layout.update_specs}
+            meshless = self.mesh is None and axis is None
+            extra = {} if meshless else {"param_specs": layout.update_specs}
             updates, state = apply(self.tx, grads, at, **extra)
             state = state._replace(params=constrain(state.params, layout.param_specs))
         with jax.named_scope("metrics"):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import any_worker, bound_axis_size
+from jaxopt_suite.optimizers._shards import Path, keys_of_parts, layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression import feedback as feedbacks
 from jaxopt_suite.optimizers.compression.compressor import Compressor
 from jaxopt_suite.optimizers.compression.exchange import (
@@ -27,7 +28,6 @@ from jaxopt_suite.optimizers.compression.powersgd_rounds import (
     factor_shape,
     factor_spec,
 )
-from jaxopt_suite.optimizers.compression.shards import Path, keys_of_parts, layout_of, run_on_shards
 
 DenseRule = Callable[[Path, Any], bool]
 
