@@ -98,6 +98,20 @@ def provide_cpu_devices(config: LayoutConfig) -> None:
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
 
 
+def of_layout(recipe: Recipe, config: LayoutConfig) -> dict[str, Any]:
+    """What the layout says to ``recipe.make``, before ``--set`` is asked.
+
+    The axis name, and the number of devices that stacks of blocks are to be spread over.
+
+    Raises:
+      UserError: as ``axis_of``.
+    """
+    sizes = mesh_sizes(config) or {}
+    devices = math.prod(size for axis, size in sizes.items() if axis != WORKER_AXIS)
+    stacks = "stack_multiple" in recipe.hyperparameters()
+    return axis_of(recipe, config) | ({"stack_multiple": devices} if stacks else {})
+
+
 def axis_of(recipe: Recipe, config: LayoutConfig) -> dict[str, str]:
     """The axis name that ``recipe.make`` takes if the optimizer communicates.
 

@@ -181,12 +181,12 @@ def build_program(
     schedule = learning_rate_schedule(
         recipe.schedule, peak, steps=config.steps, warmup_fraction=config.warmup_fraction
     )
-    axis = assembly.axis_of(recipe, config)
+    layout = assembly.of_layout(recipe, config)
     with _blaming_settings(config):
         return _assemble(
             config,
             sizes,
-            recipe.make(schedule, **axis, **settings),
+            recipe.make(schedule, **layout | settings),
             hyperparameters={**recipe.defaults, **settings},
             peak=peak,
             schedule=schedule,
