@@ -304,4 +304,5 @@ def draw(
     axes.set_xscale("log")
     axes.set_ylim(0, 1.02)
     dress(axes, "bandwidth between workers (Gbit/s)", "compute utilisation", ink=ink)
-    axes.legend(frameon=False, fontsize=9, labelcolor=ink)
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+    axes.legend(frameon=False, fontsize=9, labelcolor=ink, **above)
