@@ -3,6 +3,13 @@
 from jaxopt_suite.optimizers.compression import compressors, feedback
 from jaxopt_suite.optimizers.compression.mean import CompressedMeanState, compressed_mean
 from jaxopt_suite.optimizers.demo import ScaleByDemoState, demo, scale_by_demo
+from jaxopt_suite.optimizers.diloco import (
+    DilocoState,
+    diloco,
+    mean_over_workers,
+    nesterov,
+    outer_params,
+)
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
 from jaxopt_suite.optimizers.onebit_adam import (
@@ -28,6 +35,7 @@ from jaxopt_suite.optimizers.terngrad import TerngradMeanState, terngrad, terngr
 
 __all__ = [
     "CompressedMeanState",
+    "DilocoState",
     "Paper",
     "Recipe",
     "ScaleByDemoState",
@@ -43,10 +51,14 @@ __all__ = [
     "compressed_mean",
     "compressors",
     "demo",
+    "diloco",
     "feedback",
     "grams",
     "intellect_int8",
+    "mean_over_workers",
+    "nesterov",
     "onebit_adam",
+    "outer_params",
     "powersgd",
     "registry",
     "rmsprop_sn",

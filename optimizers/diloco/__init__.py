@@ -1,0 +1,7 @@
+"""Outer loops: workers that train on their own, and step together now and then."""
+
+from jaxopt_suite.optimizers.diloco.diloco import diloco
+from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
+from jaxopt_suite.optimizers.diloco.state import DilocoState, outer_params
+
+__all__ = ["DilocoState", "diloco", "mean_over_workers", "nesterov", "outer_params"]
