@@ -1,7 +1,33 @@
 """Outer loops: workers that train on their own, and step together now and then."""
 
+from jaxopt_suite.optimizers.diloco.co2 import (
+    SlowMomentumState,
+    co2,
+    relative_movement,
+    slow_momentum,
+)
+from jaxopt_suite.optimizers.diloco.delayed import OneRoundLateState, one_round_late
 from jaxopt_suite.optimizers.diloco.diloco import diloco
+from jaxopt_suite.optimizers.diloco.eager import EagerState, eager_diloco, mean_outer_params
 from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
+from jaxopt_suite.optimizers.diloco.savic import SavicState, savic
 from jaxopt_suite.optimizers.diloco.state import DilocoState, outer_params
 
-__all__ = ["DilocoState", "diloco", "mean_over_workers", "nesterov", "outer_params"]
+__all__ = [
+    "DilocoState",
+    "EagerState",
+    "OneRoundLateState",
+    "SavicState",
+    "SlowMomentumState",
+    "co2",
+    "diloco",
+    "eager_diloco",
+    "mean_outer_params",
+    "mean_over_workers",
+    "nesterov",
+    "one_round_late",
+    "outer_params",
+    "relative_movement",
+    "savic",
+    "slow_momentum",
+]

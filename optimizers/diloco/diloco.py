@@ -11,7 +11,13 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import bound_axis_size
 from jaxopt_suite.optimizers.diloco import local
-from jaxopt_suite.optimizers.diloco.outer import contribution, nesterov, outer_step
+from jaxopt_suite.optimizers.diloco.outer import (
+    Contribution,
+    Stepped,
+    contribution,
+    nesterov,
+    outer_step,
+)
 from jaxopt_suite.optimizers.diloco.state import DilocoState
 
 Cadence = int | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -119,7 +125,7 @@ def diloco(
     check_cadence(sync_every)
     core.check_choice("inner_state", inner_state, ("keep", "reset"))
     core.check_choice("rejoin", rejoin, ("keep", "reset"))
-    loop = _Loop(
+    loop = Loop(
         inner=optax.with_extra_args_support(inner),
         outer=optax.with_extra_args_support(nesterov(axis_name) if outer is None else outer),
         sync_every=sync_every,
@@ -174,8 +180,8 @@ def initial_state(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
-    """What ``diloco`` was called with, checked."""
+class Loop:
+    """What ``diloco`` was called with, checked. Variants have an ``outer_step`` of their own."""
 
     inner: optax.GradientTransformationExtraArgs
     outer: optax.GradientTransformationExtraArgs
@@ -185,6 +191,7 @@ class _Loop:
     rejoin: str
 
     def init(self, params: optax.Params) -> DilocoState:
+        """The state before the first step."""
         return initial_state(self.inner, self.outer.init, params, self.axis_name)
 
     def update(
@@ -196,6 +203,7 @@ class _Loop:
         active: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DilocoState]:
+        """This worker's step, to the outer parameters if it is the last of a round."""
         if params is None:
             raise ValueError("diloco needs params: call update(grads, state, params)")
         bound_axis_size(self.axis_name, "diloco")
@@ -234,9 +242,7 @@ class _Loop:
         reached = optax.apply_updates(params, step)
         delta = local.pseudo_gradient(state.outer_params, reached)
         own = contribution(delta, active, self.axis_name)
-        stepped = outer_step(
-            self.outer, own, state.outer_params, state.outer, axis_name=self.axis_name, **specs
-        )
+        stepped, variant = self.outer_step(own, state, specs)
         fresh = local.restarted(self.inner, state.inner, stepped.params, params)
         begin_anew = ~own.finite | self.reset
         return local.updates_to(params, stepped.params), state._replace(
@@ -246,4 +252,14 @@ class _Loop:
             outer=stepped.state,
             skipped=state.skipped + stepped.skipped,
             left_out=state.left_out + own.left_out,
+            variant=variant,
         )
+
+    def outer_step(
+        self, own: Contribution, state: DilocoState, specs: dict[str, Any]
+    ) -> tuple[Stepped, Any]:
+        """The outer parameters and their optimizer's state after a step, and ``variant``."""
+        stepped = outer_step(
+            self.outer, own, state.outer_params, state.outer, axis_name=self.axis_name, **specs
+        )
+        return stepped, state.variant

@@ -124,17 +124,19 @@ def outer_step(
     state: Any,
     *,
     axis_name: str,
+    argument: str = "outer",
     **extra: Any,
 ) -> Stepped:
     """The outer parameters and state after a step; as they were, if it had to be skipped.
 
     Raises:
-      ValueError: if the updates of the chain differ between workers.
+      ValueError: if the updates of the chain differ between workers; the message has the name of
+        the ``argument`` that the chain was given as.
     """
     if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        _check_communicates(outer, own.x, params, state, axis_name)
+        _check_communicates(outer, own.x, params, state, axis_name, argument)
     updates, new_state = outer.update(own.x, state, params, weight=own.weight, **extra)
-    _refuse_varying(updates, axis_name)
+    _refuse_varying(updates, axis_name, argument)
 
     taken = own.anybody
     for u in jax.tree.leaves(updates):
@@ -151,6 +153,7 @@ def _check_communicates(
     params: Any,
     state: Any,
     axis_name: str,
+    argument: str,
 ) -> None:
     """Under ``vmap`` there are no types to tell it by: the chain is traced where there are."""
     surrounding = jax.sharding.get_abstract_mesh()
@@ -166,8 +169,10 @@ def _check_communicates(
 
     def one_worker(x: Any, params: Any, state: Any) -> jax.Array:
         weight = core.vary(jnp.ones(()), axis_name)
-        updates, _ = outer.update(core.vary(x, axis_name), state, params, weight=weight)
-        _refuse_varying(updates, axis_name)
+        x = core.vary(x, axis_name)
+        for _ in range(2):  # what differs may come out a step later, of what a link has kept
+            updates, state = outer.update(x, state, params, weight=weight)
+            _refuse_varying(updates, axis_name, argument)
         return jnp.zeros(())
 
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (x, params, state))
@@ -182,12 +187,12 @@ def _check_communicates(
         jax.eval_shape(probe, *like)
 
 
-def _refuse_varying(updates: Any, axis_name: str) -> None:
+def _refuse_varying(updates: Any, axis_name: str, argument: str) -> None:
     for path, u in jax.tree_util.tree_leaves_with_path(updates):
         if axis_name in core.varying_axes(u):
             where = jax.tree_util.keystr(path) or "the only leaf"
             raise ValueError(
-                f"outer must make its updates equal on all workers of axis {axis_name!r}, and "
+                f"{argument} must make its updates equal on all workers of axis {axis_name!r}, and "
                 f"those of {where} may differ: the outer parameters would drift apart. Begin it "
                 f"with a link that communicates, such as mean_over_workers({axis_name!r}) or "
                 f"compressed_mean(..., axis_name={axis_name!r})"
