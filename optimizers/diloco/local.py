@@ -1,4 +1,4 @@
-"""What a worker does on its own: an inner step, the way to the outer parameters, a new beginning."""
+"""What a worker does on its own: inner steps, the way to the outer parameters, new beginnings."""
 
 from typing import Any
 
