@@ -9,6 +9,7 @@ from jaxopt_suite.optimizers.diloco import (
     mean_over_workers,
     nesterov,
     outer_params,
+    streaming_diloco,
 )
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
@@ -67,6 +68,7 @@ __all__ = [
     "scale_by_onebit_adam",
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
+    "streaming_diloco",
     "terngrad",
     "terngrad_mean",
 ]

@@ -3,5 +3,13 @@
 from jaxopt_suite.optimizers.diloco.diloco import diloco
 from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
 from jaxopt_suite.optimizers.diloco.state import DilocoState, outer_params
+from jaxopt_suite.optimizers.diloco.streaming import streaming_diloco
 
-__all__ = ["DilocoState", "diloco", "mean_over_workers", "nesterov", "outer_params"]
+__all__ = [
+    "DilocoState",
+    "diloco",
+    "mean_over_workers",
+    "nesterov",
+    "outer_params",
+    "streaming_diloco",
+]

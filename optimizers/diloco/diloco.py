@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_suite import core
-from jaxopt_suite.core.collectives import bound_axis_size
 from jaxopt_suite.optimizers.diloco import local
 from jaxopt_suite.optimizers.diloco.outer import contribution, nesterov, outer_step
 from jaxopt_suite.optimizers.diloco.state import DilocoState
@@ -196,31 +195,21 @@ class _Loop:
         active: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DilocoState]:
-        if params is None:
-            raise ValueError("diloco needs params: call update(grads, state, params)")
-        bound_axis_size(self.axis_name, "diloco")
-        weight = None if active is None else jnp.asarray(active, jnp.float32)
-        step, inner = local.inner_step(
+        weight, specs = local.as_weight(active), extra_args.get("param_specs")
+        every = self.sync_every(state.count) if callable(self.sync_every) else self.sync_every
+        step, state = local.advance(
             self.inner,
             updates,
-            state.inner,
+            state,
             params,
-            state.outer_params,
             active=weight,
             rejoin=self.rejoin,
             axis_name=self.axis_name,
             **extra_args,
         )
-        every = self.sync_every(state.count) if callable(self.sync_every) else self.sync_every
-        since = optax.safe_increment(state.since)
-        state = state._replace(count=optax.safe_increment(state.count), since=since, inner=inner)
-        specs = {k: v for k, v in extra_args.items() if k == "param_specs"}
-
-        def synchronise(step: Any, state: DilocoState) -> tuple[Any, DilocoState]:
-            return self.synchronise(params, step, state, weight, specs)
-
+        synchronise = lambda *now: self.synchronise(params, *now, weight, specs)
         branches = core.alike([synchronise, lambda *same: same], step, state)
-        return jax.lax.cond(since >= every, *branches, step, state)
+        return jax.lax.cond(state.since >= every, *branches, step, state)
 
     def synchronise(
         self,
@@ -228,20 +217,25 @@ class _Loop:
         step: optax.Updates,
         state: DilocoState,
         active: jax.Array | None,
-        specs: dict[str, Any],
+        specs: Any,
     ) -> tuple[optax.Updates, DilocoState]:
         """The outer step, and in place of the inner one the step to where it leads."""
         reached = optax.apply_updates(params, step)
         delta = local.pseudo_gradient(state.outer_params, reached)
         own = contribution(delta, active, self.axis_name)
         stepped = outer_step(
-            self.outer, own, state.outer_params, state.outer, axis_name=self.axis_name, **specs
+            self.outer,
+            own,
+            state.outer_params,
+            state.outer,
+            axis_name=self.axis_name,
+            param_specs=specs,
         )
         fresh = local.restarted(self.inner, state.inner, stepped.params, params)
         begin_anew = ~own.finite | self.reset
         return local.updates_to(params, stepped.params), state._replace(
             since=jnp.zeros_like(state.since),
-            inner=jax.tree.map(lambda a, b: jnp.where(begin_anew, a, b), fresh, state.inner),
+            inner=local.choose(begin_anew, fresh, state.inner),
             outer_params=stepped.params,
             outer=stepped.state,
             skipped=state.skipped + stepped.skipped,

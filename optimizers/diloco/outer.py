@@ -124,7 +124,7 @@ def outer_step(
     state: Any,
     *,
     axis_name: str,
-    **extra: Any,
+    param_specs: Any,
 ) -> Stepped:
     """The outer parameters and state after a step; as they were, if it had to be skipped.
 
@@ -133,7 +133,9 @@ def outer_step(
     """
     if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
         _check_communicates(outer, own.x, params, state, axis_name)
-    updates, new_state = outer.update(own.x, state, params, weight=own.weight, **extra)
+    updates, new_state = outer.update(
+        own.x, state, params, weight=own.weight, param_specs=param_specs
+    )
     _refuse_varying(updates, axis_name)
 
     taken = own.anybody
