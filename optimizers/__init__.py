@@ -20,6 +20,7 @@ from jaxopt_suite.optimizers.diloco import (
     relative_movement,
     savic,
     slow_momentum,
+    streaming_diloco,
 )
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
@@ -89,6 +90,7 @@ __all__ = [
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
     "slow_momentum",
+    "streaming_diloco",
     "terngrad",
     "terngrad_mean",
 ]

@@ -49,6 +49,8 @@ class _Worker:
     def __init__(self, job: Job, link: Link, schedule: Schedule) -> None:
         self.job, self.schedule, self.latency = job, schedule, link.latency_seconds
         self.layer_seconds = bits_sent(job, schedule) / job.layers / (1e9 * link.gbits_per_second)
+        parts = range(schedule.fragments)
+        self.fragment_of = {(p + 1) * schedule.sync_every // len(parts): p for p in parts}
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.scheduled = 0
@@ -72,10 +74,10 @@ class _Worker:
 
     def _leaves_with(self, step: int) -> range:
         """The layers sent with a step; the first step is 1."""
-        fragment, rest = divmod((step - 1) % self.schedule.sync_every + 1, self.schedule.spacing)
-        if step < 1 or rest or fragment > self.schedule.fragments:
+        within = (step - 1) % self.schedule.sync_every + 1
+        if step < 1 or within not in self.fragment_of:
             return range(0)
-        return self.schedule.layers_of(fragment - 1, self.job.layers)
+        return self.schedule.layers_of(self.fragment_of[within], self.job.layers)
 
     def _begin_step(self) -> None:
         self.starts.append(self.now)

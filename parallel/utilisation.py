@@ -86,7 +86,7 @@ class Schedule:
     """Which layers are sent when, and when their mean is waited for.
 
     Fragment ``p`` (from 0) holds the layers ``p, p + fragments, ...``. Of every ``sync_every``
-    steps, it is sent at the end of step ``(p + 1) * (sync_every // fragments)``.
+    steps, it is sent at the end of step ``(p + 1) * sync_every // fragments``.
 
     Attributes:
       sync_every: steps between two means of the same parameter.
@@ -143,7 +143,7 @@ class Schedule:
 
     @property
     def spacing(self) -> int:
-        """Steps between two fragments; after the last one there may be more."""
+        """The least number of steps between two fragments."""
         return self.sync_every // self.fragments
 
     def layers_of(self, fragment: int, layers: int) -> range:

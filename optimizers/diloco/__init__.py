@@ -12,6 +12,7 @@ from jaxopt_suite.optimizers.diloco.eager import EagerState, eager_diloco, mean_
 from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
 from jaxopt_suite.optimizers.diloco.savic import SavicState, savic
 from jaxopt_suite.optimizers.diloco.state import DilocoState, outer_params
+from jaxopt_suite.optimizers.diloco.streaming import streaming_diloco
 
 __all__ = [
     "DilocoState",
@@ -30,4 +31,5 @@ __all__ = [
     "relative_movement",
     "savic",
     "slow_momentum",
+    "streaming_diloco",
 ]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_suite import core
-from jaxopt_suite.core.collectives import bound_axis_size
 from jaxopt_suite.optimizers.diloco import local
 from jaxopt_suite.optimizers.diloco.outer import (
     Contribution,
@@ -181,7 +180,7 @@ def initial_state(
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What ``diloco`` was called with, checked. Variants have an ``outer_step`` of their own."""
+    """What ``diloco`` was called with, checked. A variant has an ``outer_step`` of its own."""
 
     inner: optax.GradientTransformationExtraArgs
     outer: optax.GradientTransformationExtraArgs
@@ -204,31 +203,21 @@ class Loop:
         **extra_args: Any,
     ) -> tuple[optax.Updates, DilocoState]:
         """This worker's step, to the outer parameters if it is the last of a round."""
-        if params is None:
-            raise ValueError("diloco needs params: call update(grads, state, params)")
-        bound_axis_size(self.axis_name, "diloco")
-        weight = None if active is None else jnp.asarray(active, jnp.float32)
-        step, inner = local.inner_step(
+        weight, specs = local.as_weight(active), extra_args.get("param_specs")
+        every = self.sync_every(state.count) if callable(self.sync_every) else self.sync_every
+        step, state = local.advance(
             self.inner,
             updates,
-            state.inner,
+            state,
             params,
-            state.outer_params,
             active=weight,
             rejoin=self.rejoin,
             axis_name=self.axis_name,
             **extra_args,
         )
-        every = self.sync_every(state.count) if callable(self.sync_every) else self.sync_every
-        since = optax.safe_increment(state.since)
-        state = state._replace(count=optax.safe_increment(state.count), since=since, inner=inner)
-        specs = {k: v for k, v in extra_args.items() if k == "param_specs"}
-
-        def synchronise(step: Any, state: DilocoState) -> tuple[Any, DilocoState]:
-            return self.synchronise(params, step, state, weight, specs)
-
+        synchronise = lambda *now: self.synchronise(params, *now, weight, specs)
         branches = core.alike([synchronise, lambda *same: same], step, state)
-        return jax.lax.cond(since >= every, *branches, step, state)
+        return jax.lax.cond(state.since >= every, *branches, step, state)
 
     def synchronise(
         self,
@@ -236,7 +225,7 @@ class Loop:
         step: optax.Updates,
         state: DilocoState,
         active: jax.Array | None,
-        specs: dict[str, Any],
+        specs: Any,
     ) -> tuple[optax.Updates, DilocoState]:
         """The outer step, and in place of the inner one the step to where it leads."""
         reached = optax.apply_updates(params, step)
@@ -247,7 +236,7 @@ class Loop:
         begin_anew = ~own.finite | self.reset
         return local.updates_to(params, stepped.params), state._replace(
             since=jnp.zeros_like(state.since),
-            inner=jax.tree.map(lambda a, b: jnp.where(begin_anew, a, b), fresh, state.inner),
+            inner=local.choose(begin_anew, fresh, state.inner),
             outer_params=stepped.params,
             outer=stepped.state,
             skipped=state.skipped + stepped.skipped,
@@ -255,11 +244,14 @@ class Loop:
             variant=variant,
         )
 
-    def outer_step(
-        self, own: Contribution, state: DilocoState, specs: dict[str, Any]
-    ) -> tuple[Stepped, Any]:
-        """The outer parameters and their optimizer's state after a step, and ``variant``."""
+    def outer_step(self, own: Contribution, state: DilocoState, specs: Any) -> tuple[Stepped, Any]:
+        """What an outer step leaves, and ``variant`` after it."""
         stepped = outer_step(
-            self.outer, own, state.outer_params, state.outer, axis_name=self.axis_name, **specs
+            self.outer,
+            own,
+            state.outer_params,
+            state.outer,
+            axis_name=self.axis_name,
+            param_specs=specs,
         )
         return stepped, state.variant

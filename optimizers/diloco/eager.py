@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_suite import core
+from jaxopt_suite.optimizers.diloco import local
 from jaxopt_suite.optimizers.diloco.diloco import (
     Cadence,
     Loop,
@@ -162,7 +163,7 @@ class _Eager(Loop):
         return state._replace(outer_params=theta, outer=(means, steps), variant=variant)
 
     def outer_step(
-        self, own: Contribution, state: DilocoState, specs: dict[str, Any]
+        self, own: Contribution, state: DilocoState, specs: Any
     ) -> tuple[Stepped, EagerState]:
         before: EagerState = state.variant
         means, steps = state.outer
@@ -173,18 +174,17 @@ class _Eager(Loop):
             jax.tree.map(jnp.zeros_like, before.sent),
             means,
             axis_name=self.axis_name,
+            param_specs=specs,
             argument="mean",
-            **specs,
         )
         workers = jax.lax.axis_size(self.axis_name)
         fed = jax.tree.map(
             lambda others, new, old: others + (new - old) / workers,
             *(arrived.params, own.x, before.sent),
         )
-        updates, new_steps = self.outer.update(fed, steps, state.outer_params, **specs)
+        updates, new_steps = self.outer.update(fed, steps, state.outer_params, param_specs=specs)
         theta = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.outer_params, updates)
         new = theta, new_steps, EagerState(own.x, own.weight)
         old = state.outer_params, steps, before
-        taken = arrived.skipped == 0
-        theta, steps, variant = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
+        theta, steps, variant = local.choose(arrived.skipped == 0, new, old)
         return Stepped(theta, (arrived.state, steps), arrived.skipped), variant

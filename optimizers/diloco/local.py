@@ -1,4 +1,4 @@
-"""What a worker does on its own: an inner step, the way to the outer parameters, a new beginning."""
+"""What a worker does on its own: inner steps, the way to the outer parameters, new beginnings."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxopt_suite import core
+from jaxopt_suite.core.collectives import bound_axis_size
+from jaxopt_suite.optimizers.diloco.state import DilocoState
 
 
 def updates_to(params: optax.Params, target: Any) -> optax.Updates:
@@ -30,41 +32,62 @@ def pseudo_gradient(outer_params: Any, params: optax.Params) -> Any:
     return jax.tree.map(lambda o, p: o - p.astype(o.dtype), outer_params, params)
 
 
-def inner_step(
+def as_weight(active: jax.typing.ArrayLike | None) -> jax.Array | None:
+    """A worker's weight in this step, float32 ``[]``; None where all have the same."""
+    return None if active is None else jnp.asarray(active, jnp.float32)
+
+
+def choose(condition: jax.Array, first: Any, second: Any) -> Any:
+    """One of two trees."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)
+
+
+def advance(
     inner: optax.GradientTransformationExtraArgs,
     grads: optax.Updates,
-    state: Any,
-    params: optax.Params,
-    outer_params: Any,
+    state: DilocoState,
+    params: optax.Params | None,
     *,
     active: jax.Array | None,
     rejoin: str,
     axis_name: str,
     **extra: Any,
-) -> tuple[optax.Updates, Any]:
+) -> tuple[optax.Updates, DilocoState]:
     """One step of the inner optimizer, or for an absent worker the step to the outer parameters.
 
     Args:
       inner: the inner optimizer.
       grads: this worker's.
-      state: of the inner optimizer.
+      state: before the step.
       params: this worker's.
-      outer_params: where an absent worker waits.
       active: float32 [], above 0 if it takes the step; None: it does.
       rejoin: what becomes of an absent worker's state: ``"keep"`` or ``"reset"``.
-      axis_name: the workers' axis, over which the results are typed as varying.
+      axis_name: the workers' axis, over which updates and inner state are typed as varying.
       **extra: for the inner optimizer.
 
     Returns:
-      Updates in the dtypes of ``params``, and the new state.
+      Updates in the dtypes of ``params``, and the state with its counts and inner state advanced.
+
+    Raises:
+      ValueError: without ``params``, or if ``axis_name`` is not bound.
     """
-    updates, new = inner.update(grads, state, params, **extra)
+    if params is None:
+        raise ValueError("diloco needs params: call update(grads, state, params)")
+    bound_axis_size(axis_name, "diloco")
+    updates, new = inner.update(grads, state.inner, params, **extra)
     updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
     if active is not None:
-        absent = restarted(inner, state, outer_params, params) if rejoin == "reset" else state
-        present = (updates, new), (updates_to(params, outer_params), absent)
-        updates, new = jax.tree.map(lambda a, b: jnp.where(active > 0, a, b), *present)
-    return core.vary((updates, new), axis_name)
+        theta, waiting = state.outer_params, state.inner
+        if rejoin == "reset":
+            waiting = restarted(inner, waiting, theta, params)
+        absent = updates_to(params, theta), waiting
+        updates, new = choose(active > 0, (updates, new), absent)
+    updates, new = core.vary((updates, new), axis_name)
+    return updates, state._replace(
+        count=optax.safe_increment(state.count),
+        since=optax.safe_increment(state.since),
+        inner=new,
+    )
 
 
 def restarted(inner: optax.GradientTransformation, state: Any, target: Any, like: Any) -> Any:
@@ -75,5 +98,5 @@ def restarted(inner: optax.GradientTransformation, state: Any, target: Any, like
     """
     params = jax.tree.map(lambda t, p: t.astype(p.dtype), target, like)
     counts = lambda x: getattr(x, "_fields", None) == ("count",)
-    choose = lambda old, new: old if counts(old) else new
-    return jax.tree.map(choose, state, inner.init(params), is_leaf=counts)
+    keep = lambda old, new: old if counts(old) else new
+    return jax.tree.map(keep, state, inner.init(params), is_leaf=counts)

@@ -1,9 +1,9 @@
-"""The outer step: who takes part, the mean, the step with it, and the check that there is a mean.
+r"""The outer step: who takes part, the mean, the step with it, and the check that there is a mean.
 
-**What an outer chain is given.** Its updates are $x_w = s_w \\Delta_w$, with this worker's weight
-relative to the mean of all workers' weights, $s_w = a_w / \\frac1n \\sum_v a_v$; so that a plain
-mean of them, by whatever link, is the weighted mean $\\sum a_w \\Delta_w / \\sum a_w$. One who is
-absent sends zeros. ``weight=`` ($s_w$, float32 ``[]``) goes with them as an extra argument for links
+**What an outer chain is given.** Its updates are $x_w = s_w \Delta_w$, with this worker's weight
+relative to the mean of all workers' weights, $s_w = a_w / \frac1n \sum_v a_v$; so that a plain
+mean of them, by whatever link, is the weighted mean $\sum a_w \Delta_w / \sum a_w$. One who is
+absent sends zeros. As an extra argument there is ``weight=`` ($s_w$, float32 ``[]``), for links
 that remember something of what they sent: one who is absent ($s_w = 0$) has nothing to remember.
 """
 
@@ -124,8 +124,8 @@ def outer_step(
     state: Any,
     *,
     axis_name: str,
+    param_specs: Any,
     argument: str = "outer",
-    **extra: Any,
 ) -> Stepped:
     """The outer parameters and state after a step; as they were, if it had to be skipped.
 
@@ -135,7 +135,9 @@ def outer_step(
     """
     if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
         _check_communicates(outer, own.x, params, state, axis_name, argument)
-    updates, new_state = outer.update(own.x, state, params, weight=own.weight, **extra)
+    updates, new_state = outer.update(
+        own.x, state, params, weight=own.weight, param_specs=param_specs
+    )
     _refuse_varying(updates, axis_name, argument)
 
     taken = own.anybody

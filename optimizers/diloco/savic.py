@@ -10,6 +10,7 @@ import optax
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import bound_axis_size
+from jaxopt_suite.optimizers.diloco import local
 from jaxopt_suite.optimizers.diloco.diloco import Cadence, Restart, diloco
 from jaxopt_suite.optimizers.diloco.outer import contribution, mean_over_workers
 from jaxopt_suite.optimizers.diloco.state import DilocoState
@@ -141,7 +142,7 @@ class _Scaled:
         if self.rule == "oasis" and curvature is None:
             raise ValueError("rule 'oasis' needs curvature: call update(..., curvature=function)")
         estimate = curvature if self.rule == "oasis" and curvature else lambda: updates
-        weight = None if active is None else jnp.asarray(active, jnp.float32)
+        weight = local.as_weight(active)
         begin = lambda kept: self._taken_in(estimate(), kept, weight)
         branches = core.alike([begin, lambda kept: kept], state.variant)
         variant = jax.lax.cond(state.since == 0, *branches, state.variant)
@@ -166,7 +167,7 @@ class _Scaled:
         average = lambda d, x: (beta * d + (1 - beta) * square(x)).astype(d.dtype)
         scale = jax.tree.map(average, kept.scale, h)
         new = SavicState(optax.safe_increment(kept.rounds), scale)
-        return jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, kept)
+        return local.choose(usable, new, kept)
 
     def _beta(self, rounds: jax.Array) -> jax.Array:
         """How much of the old scale stays: at first nothing."""
