@@ -1,5 +1,7 @@
 """SAVIC: rounds worked out by hand, its limit, whose scaling is biased, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,24 +87,31 @@ def test_with_a_floor_that_no_gradient_reaches_it_is_local_sgd():
     )
 
 
-def excess_loss(rate, floor=1e-3, scaling="global"):
-    """Of eight workers' ill-conditioned quadratics that differ, after 100 rounds of 10 steps."""
-    rng = np.random.default_rng(1)
-    curvature = np.logspace(-3, 0, 20) * np.exp(0.5 * rng.normal(size=(8, 20)))
-    centre = rng.normal(size=(8, 20))
-    given = tuple(np.repeat(a[:, None], 1000, 1).astype(np.float32) for a in (curvature, centre))
+_RNG = np.random.default_rng(1)
+CURVATURES = np.logspace(-3, 0, 20) * np.exp(0.5 * _RNG.normal(size=(8, 20)))
+CENTRES = _RNG.normal(size=(8, 20))
+
+
+@functools.partial(jax.jit, static_argnames="scaling")
+def train_on_quadratics(rate, floor, scaling):
+    """Outer parameters of eight workers after 100 rounds of 10 steps."""
+    given = tuple(np.repeat(a[:, None], 1000, 1).astype(np.float32) for a in (CURVATURES, CENTRES))
     tx = savic(rate, 0.99, floor, sync_every=10, axis_name=AXIS, rule="oasis", scaling=scaling)
-    _, state = train_fleet(WithCurvature(tx, curvature), quadratic, given, np.zeros(20, np.float32))
-    loss = lambda x: 0.5 * (curvature * (x - centre) ** 2).sum(1).mean()
-    best = (curvature * centre).mean(0) / curvature.mean(0)
-    return loss(np.asarray(state.outer_params)) - loss(best)
+    tx = WithCurvature(tx, CURVATURES)
+    return train_fleet(tx, quadratic, given, np.zeros(20, np.float32))[1].outer_params
+
+
+def excess_loss(rate, floor, scaling="global"):
+    loss = lambda x: 0.5 * (CURVATURES * (x - CENTRES) ** 2).sum(1).mean()
+    best = (CURVATURES * CENTRES).mean(0) / CURVATURES.mean(0)
+    return loss(np.asarray(train_on_quadratics(rate, floor, scaling))) - loss(best)
 
 
 def test_one_scale_for_all_helps_and_one_for_each_finds_another_point():
     """Beside unscaled steps at their best rate, which a scale of a million everywhere makes."""
-    unscaled = min(excess_loss(1e6 * rate, floor=1e6) for rate in (0.03, 0.1))
-    assert excess_loss(0.01) < 0.2 * unscaled
-    assert excess_loss(0.01, scaling="local") > 5 * unscaled
+    unscaled = min(excess_loss(1e6 * rate, 1e6) for rate in (0.03, 0.1))
+    assert excess_loss(0.01, 1e-3) < 0.2 * unscaled
+    assert excess_loss(0.01, 1e-3, scaling="local") > 5 * unscaled
 
 
 def test_the_scale_is_equal_on_all_workers_or_each_ones_own():
