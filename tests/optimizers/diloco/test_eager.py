@@ -191,6 +191,22 @@ def test_an_absent_worker_takes_its_old_part_out_and_its_outer_parameters_along(
     np.testing.assert_allclose(found[:, -1, 0], [-2.0, -3.0], rtol=1e-6)
 
 
+def test_a_mean_is_given_the_weights_of_the_round_that_it_is_of():
+    """So that a lossy one knows who sent nothing then."""
+
+    def update(updates, state, params=None, *, weight, **extra):
+        mean, _ = mean_over_workers(AXIS).update(updates, optax.EmptyState())
+        return mean, weight + 0 * state
+
+    noting = optax.GradientTransformationExtraArgs(lambda p: core.vary(jnp.zeros(()), AXIS), update)
+    active = np.array([[1, 1, 0, 0], [1, 1, 1, 1]])
+    tx = eager_diloco(optax.sgd(0.1), sync_every=2, axis_name=AXIS, mean=noting)
+    ones = np.ones((2, 4, 1), np.float32)
+    _, state = train_fleet(tx, given, ones, np.zeros(1, np.float32), active=active)
+    np.testing.assert_array_equal(state.outer[0], [1, 1])
+    np.testing.assert_array_equal(state.variant.weight, [0, 2])
+
+
 def test_any_mean_goes_with_any_outer_optimizer():
     gradients = np.random.default_rng(4).normal(size=(4, 6, 64)).astype(np.float32)
     mean = compressed_mean(compressors.int8(), axis_name=AXIS, dense=lambda path, leaf: False)

@@ -126,13 +126,25 @@ def test_the_scale_is_equal_on_all_workers_or_each_ones_own():
     assert axes("local") == 0
 
 
-def test_who_is_absent_when_a_round_begins_has_no_part_in_its_scale():
+@pytest.mark.parametrize(
+    ("scaling", "scale", "end"), [("global", [4.0], -2.0), ("local", [[0.0], [4.0]], -201.0)]
+)
+def test_who_is_absent_when_a_round_begins_has_no_part_in_its_scale(scaling, scale, end):
     gradients = np.broadcast_to(np.array([[[4.0]], [[2.0]]], np.float32), (2, 2, 1))
     active = np.array([[0.0, 1.0], [1.0, 1.0]])
-    tx = savic(1.0, sync_every=2, axis_name=AXIS)
+    tx = savic(1.0, floor=0.01, sync_every=2, axis_name=AXIS, scaling=scaling)
     _, state = train_fleet(tx, lambda p, x: x, gradients, np.zeros(1, np.float32), active=active)
-    assert float(state.variant.scale[0]) == 4.0
-    # Worker 0 has taken one step of 4 / 2, and worker 1 two of 2 / 2.
+    np.testing.assert_array_equal(state.variant.scale, scale)
+    # Worker 1 takes two steps of 2 / 2; worker 0 one of 4 / 2 or, on its own, of 4 / floor.
+    np.testing.assert_allclose(state.outer_params, [end], rtol=1e-6)
+
+
+def test_a_round_that_nobody_begins_leaves_the_scale_as_it_is():
+    active = np.array([[0.0, 1.0], [0.0, 1.0]])
+    tx = savic(1.0, floor=0.5, sync_every=2, axis_name=AXIS)
+    start, gradients = np.zeros(1, np.float32), np.ones((2, 2, 1), np.float32)
+    _, state = train_fleet(tx, lambda p, x: x, gradients, start, active=active)
+    assert int(state.variant.rounds) == 0
     assert float(state.outer_params[0]) == -2.0
 
 
