@@ -6,10 +6,12 @@ from jaxopt_suite.optimizers.demo import ScaleByDemoState, demo, scale_by_demo
 from jaxopt_suite.optimizers.diloco import (
     DilocoState,
     diloco,
+    diloco_adamw,
     mean_over_workers,
     nesterov,
     outer_params,
     streaming_diloco,
+    streaming_diloco_adamw,
 )
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
@@ -53,6 +55,7 @@ __all__ = [
     "compressors",
     "demo",
     "diloco",
+    "diloco_adamw",
     "feedback",
     "grams",
     "intellect_int8",
@@ -69,6 +72,7 @@ __all__ = [
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
     "streaming_diloco",
+    "streaming_diloco_adamw",
     "terngrad",
     "terngrad_mean",
 ]
