@@ -11,6 +11,7 @@ from jaxopt_suite.optimizers.diloco import (
     SlowMomentumState,
     co2,
     diloco,
+    diloco_adamw,
     eager_diloco,
     mean_outer_params,
     mean_over_workers,
@@ -21,6 +22,7 @@ from jaxopt_suite.optimizers.diloco import (
     savic,
     slow_momentum,
     streaming_diloco,
+    streaming_diloco_adamw,
 )
 from jaxopt_suite.optimizers.grams import ScaleByGramsState, grams, scale_by_grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8, intellect_int8
@@ -69,6 +71,7 @@ __all__ = [
     "compressors",
     "demo",
     "diloco",
+    "diloco_adamw",
     "eager_diloco",
     "feedback",
     "grams",
@@ -91,6 +94,7 @@ __all__ = [
     "scale_by_subspace_momentum",
     "slow_momentum",
     "streaming_diloco",
+    "streaming_diloco_adamw",
     "terngrad",
     "terngrad_mean",
 ]

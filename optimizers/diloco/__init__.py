@@ -10,6 +10,7 @@ from jaxopt_suite.optimizers.diloco.delayed import OneRoundLateState, one_round_
 from jaxopt_suite.optimizers.diloco.diloco import diloco
 from jaxopt_suite.optimizers.diloco.eager import EagerState, eager_diloco, mean_outer_params
 from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
+from jaxopt_suite.optimizers.diloco.recipes import diloco_adamw, streaming_diloco_adamw
 from jaxopt_suite.optimizers.diloco.savic import SavicState, savic
 from jaxopt_suite.optimizers.diloco.state import DilocoState, outer_params
 from jaxopt_suite.optimizers.diloco.streaming import streaming_diloco
@@ -22,6 +23,7 @@ __all__ = [
     "SlowMomentumState",
     "co2",
     "diloco",
+    "diloco_adamw",
     "eager_diloco",
     "mean_outer_params",
     "mean_over_workers",
@@ -32,4 +34,5 @@ __all__ = [
     "savic",
     "slow_momentum",
     "streaming_diloco",
+    "streaming_diloco_adamw",
 ]

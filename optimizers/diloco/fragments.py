@@ -25,15 +25,19 @@ class Fragments:
         ``"strided"``: each leaf in turn goes to the fragment that is smallest so far, which deals
         equal leaves round. In either, they hold about as many elements each.
 
+    Attributes:
+      count: how many there are.
+
     Raises:
       ValueError: if there are more fragments than leaves, or the tree is not like ``params``.
     """
 
     def __init__(self, params: Any, given: Any, order: str) -> None:
         leaves, self._structure = jax.tree.flatten(params)
+        self.count = count_fragments(given)
         if not isinstance(given, int):
             self._of_leaf = _given(given, self._structure)
-        elif given > len(leaves):
+        elif given > max(len(leaves), 1):
             raise ValueError(
                 f"fragments must be at most the number of leaves, {len(leaves)}: no leaf is cut; "
                 f"got {given}"
@@ -106,7 +110,7 @@ def _strided(sizes: Sequence[int], count: int) -> list[int]:
 def _sequential(sizes: Sequence[int], count: int) -> list[int]:
     """By the middle of each leaf, among all elements; moved where a fragment would have none."""
     ends = np.cumsum(sizes, dtype=np.float64)
-    middles = (ends - np.asarray(sizes) / 2) / max(ends[-1], 1)
+    middles = (ends - np.asarray(sizes) / 2) / max(sum(sizes), 1)
     wanted = np.minimum(np.floor(middles * count), count - 1).astype(int)
     found, last = [], -1
     for i, fragment in enumerate(wanted):

@@ -22,6 +22,8 @@ from jaxopt_suite.optimizers.diloco.fragments import (
 from jaxopt_suite.optimizers.diloco.outer import contribution, nesterov, outer_step
 from jaxopt_suite.optimizers.diloco.state import DilocoState
 
+_FRAGMENTS = 4
+
 
 def streaming_diloco(
     inner: optax.GradientTransformation,
@@ -29,7 +31,7 @@ def streaming_diloco(
     *,
     sync_every: int,
     axis_name: str,
-    fragments: Any = 4,
+    fragments: Any = None,
     order: Order = "strided",
     delay: int = 0,
     mixing: jax.typing.ArrayLike = 0.0,
@@ -70,7 +72,8 @@ def streaming_diloco(
       sync_every: H, at least P.
       axis_name: as in ``diloco``.
       fragments: P, at most the number of leaves; or a tree like the parameters with the fragment of
-        every leaf, from 0: layers that stay together, for instance.
+        every leaf, from 0: layers that stay together, for instance. None: 4, or fewer if there are
+        fewer leaves, or steps in a period.
       order: how P fragments are cut, ``"strided"`` or ``"sequential"``; see ``Fragments``.
       delay: τ, at least 0 and below H; the paper advises up to 5.
       mixing: α, how much of a worker's own fragment stays, in [0, 1].
@@ -94,12 +97,14 @@ def streaming_diloco(
     core.check_choice("order", order, ORDERS)
     core.check_choice("rejoin", rejoin, ("keep", "reset"))
     core.check_number("mixing", mixing, low=0.0, high=1.0)
+    Timetable(sync_every, 1 if fragments is None else count_fragments(fragments), delay)  # checks
     stream = _Stream(
         inner=optax.with_extra_args_support(inner),
         outer=optax.with_extra_args_support(nesterov(axis_name) if outer is None else outer),
-        timetable=Timetable(sync_every, count_fragments(fragments), delay),
+        every=sync_every,
         fragments=fragments,
         order=order,
+        delay=delay,
         mixing=mixing,
         axis_name=axis_name,
         rejoin=rejoin,
@@ -113,22 +118,25 @@ class _Stream:
 
     inner: optax.GradientTransformationExtraArgs
     outer: optax.GradientTransformationExtraArgs
-    timetable: Timetable
+    every: int
     fragments: Any
     order: str
+    delay: int
     mixing: jax.typing.ArrayLike
     axis_name: str
     rejoin: str
 
     def cut(self, params: optax.Params) -> Fragments:
-        return Fragments(params, self.fragments, self.order)
+        given, leaves = self.fragments, len(jax.tree.leaves(params))
+        if given is None:
+            given = max(1, min(_FRAGMENTS, leaves, self.every))
+        return Fragments(params, given, self.order)
 
     def init(self, params: optax.Params) -> DilocoState:
         parts = self.cut(params)
 
         def outer_state(theta: Any) -> tuple[Any, ...]:
-            count = range(self.timetable.fragments)
-            return tuple(self.outer.init(parts.pick(theta, p)) for p in count)
+            return tuple(self.outer.init(parts.pick(theta, p)) for p in range(parts.count))
 
         return initial_state(self.inner, outer_state, params, self.axis_name)
 
@@ -153,15 +161,16 @@ class _Stream:
             **extra_args,
         )
         assert params is not None  # advance raises
-        state = state._replace(since=state.since % self.timetable.every)
+        state = state._replace(since=state.since % self.every)
         parts, specs = self.cut(params), extra_args.get("param_specs")
+        timetable = Timetable(self.every, parts.count, self.delay)
 
         send = lambda p, *now: self.send(parts, p, params, *now, weight, specs)
         apply = lambda p, *now: self.apply(parts, p, params, *now, weight)
-        sent, arrived = self.timetable.sent(state.count), self.timetable.applied(state.count)
-        step, state = self._switch(sent, send, lambda *same: same, step, state)
+        sent, arrived = timetable.sent(state.count), timetable.applied(state.count)
+        step, state = _switch(sent, parts.count, send, lambda *same: same, step, state)
         rest = lambda step, outer_params: step
-        return self._switch(arrived, apply, rest, step, state.outer_params), state
+        return _switch(arrived, parts.count, apply, rest, step, state.outer_params), state
 
     def send(
         self,
@@ -210,14 +219,14 @@ class _Stream:
         )
         return parts.put(step, local.updates_to(own, mixed), p)
 
-    def _switch(
-        self,
-        index: jax.Array,
-        branch: Callable[..., Any],
-        otherwise: Callable[..., Any],
-        *operands: Any,
-    ) -> Any:
-        """``branch(p, *operands)`` for the fragment p of this index; P stands for none."""
-        count = self.timetable.fragments
-        branches = [*(functools.partial(branch, p) for p in range(count)), otherwise]
-        return jax.lax.switch(index, core.alike(branches, *operands), *operands)
+
+def _switch(
+    index: jax.Array,
+    count: int,
+    branch: Callable[..., Any],
+    otherwise: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """``branch(index, *operands)`` for an index below ``count``, else ``otherwise(*operands)``."""
+    branches = [*(functools.partial(branch, p) for p in range(count)), otherwise]
+    return jax.lax.switch(index, core.alike(branches, *operands), *operands)
