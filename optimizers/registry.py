@@ -14,7 +14,14 @@ import optax.contrib
 
 from jaxopt_suite.optimizers import subset_norm, subspace_momentum
 from jaxopt_suite.optimizers.demo import demo
-from jaxopt_suite.optimizers.diloco import diloco_adamw, outer_params, streaming_diloco_adamw
+from jaxopt_suite.optimizers.diloco import (
+    co2_adamw,
+    diloco_adamw,
+    eager_diloco_adamw,
+    outer_params,
+    savic,
+    streaming_diloco_adamw,
+)
 from jaxopt_suite.optimizers.grams import grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8
 from jaxopt_suite.optimizers.onebit_adam import onebit_adam
@@ -329,6 +336,42 @@ def _apart() -> list[Recipe]:
             state_formula="3mn",
             state_elements=_outer_loop_elements,
             wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="eager_diloco",
+            factory=eager_diloco_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "Eager Updates For Overlapped Communication and Computation in DiLoCo",
+                "2502.12996",
+                2025,
+            ),
+            state_formula="5mn",
+            state_elements=lambda m, n, **_: 5 * m * n,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="co2",
+            factory=co2_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "CO2: Efficient Distributed Training with Full Communication-Computation Overlap",
+                "2401.16265",
+                2024,
+            ),
+            state_formula="5mn",
+            state_elements=lambda m, n, **_: 5 * m * n,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="savic",
+            factory=savic,
+            learning_rate=0.004,
+            defaults={"sync_every": 50},
+            paper=Paper("Local Methods with Adaptivity via Scaling", "2406.00846", 2024),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+            wire="16mn (N-1)/N every sync_every steps",
         ),
     ]
 

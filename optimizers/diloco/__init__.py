@@ -9,6 +9,7 @@ from jaxopt_suite.optimizers.diloco.co2 import (
 from jaxopt_suite.optimizers.diloco.delayed import OneRoundLateState, one_round_late
 from jaxopt_suite.optimizers.diloco.diloco import diloco
 from jaxopt_suite.optimizers.diloco.eager import EagerState, eager_diloco, mean_outer_params
+from jaxopt_suite.optimizers.diloco.late_recipes import co2_adamw, eager_diloco_adamw
 from jaxopt_suite.optimizers.diloco.outer import mean_over_workers, nesterov
 from jaxopt_suite.optimizers.diloco.recipes import diloco_adamw, streaming_diloco_adamw
 from jaxopt_suite.optimizers.diloco.savic import SavicState, savic
@@ -22,9 +23,11 @@ __all__ = [
     "SavicState",
     "SlowMomentumState",
     "co2",
+    "co2_adamw",
     "diloco",
     "diloco_adamw",
     "eager_diloco",
+    "eager_diloco_adamw",
     "mean_outer_params",
     "mean_over_workers",
     "nesterov",

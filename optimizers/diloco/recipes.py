@@ -60,7 +60,7 @@ def diloco_adamw(
       arXiv:2412.01152.
     """
     return diloco(
-        _adamw(learning_rate, b1, b2, eps, weight_decay, mask),
+        adamw_float32(learning_rate, b1, b2, eps, weight_decay, mask),
         _outer(axis_name, outer_learning_rate, outer_momentum, mean),
         sync_every=sync_every,
         axis_name=axis_name,
@@ -114,7 +114,7 @@ def streaming_diloco_adamw(
       As in ``streaming_diloco``.
     """
     return streaming_diloco(
-        _adamw(learning_rate, b1, b2, eps, weight_decay, mask),
+        adamw_float32(learning_rate, b1, b2, eps, weight_decay, mask),
         _outer(axis_name, outer_learning_rate, outer_momentum, mean),
         sync_every=sync_every,
         axis_name=axis_name,
@@ -126,7 +126,7 @@ def streaming_diloco_adamw(
     )
 
 
-def _adamw(
+def adamw_float32(
     learning_rate: optax.ScalarOrSchedule,
     b1: jax.typing.ArrayLike,
     b2: jax.typing.ArrayLike,
@@ -134,7 +134,8 @@ def _adamw(
     weight_decay: optax.ScalarOrSchedule,
     mask: _common.Mask,
 ) -> optax.GradientTransformation:
-    rule = scale_by_grams(b1, b2, eps, kappa=1.0)  # which is Adam, with moments in float32
+    """The inner AdamW of all recipes here, with moments in float32."""
+    rule = scale_by_grams(b1, b2, eps, kappa=1.0)  # which is Adam
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)
 
 
@@ -144,9 +145,16 @@ def _outer(
     core.check_number("outer_learning_rate", learning_rate, low=0.0)
     if momentum is not None:
         core.check_number("outer_momentum", momentum, low=0.0, high=1.0, high_open=True)
+    return optax.chain(
+        mean_link(axis_name, mean),
+        optax.sgd(learning_rate, momentum, nesterov=momentum is not None),
+    )
+
+
+def mean_link(axis_name: str, mean: str) -> optax.GradientTransformation:
+    """The mean over workers as recipes name it: in float32, or compressed without feedback."""
     core.check_choice("mean", mean, ("float32", *_COMPRESSORS))
-    first = mean_over_workers(axis_name)
-    if mean in _COMPRESSORS:
-        compressor = _COMPRESSORS[mean]()
-        first = compressed_mean(compressor, feedback=feedback.none(), axis_name=axis_name)
-    return optax.chain(first, optax.sgd(learning_rate, momentum, nesterov=momentum is not None))
+    if mean == "float32":
+        return mean_over_workers(axis_name)
+    compressor = _COMPRESSORS[mean]()
+    return compressed_mean(compressor, feedback=feedback.none(), axis_name=axis_name)

@@ -20,7 +20,7 @@ COMPRESSED = {"dense": lambda path, leaf: False, "warmup_steps": 1}
 SYNCHRONISED = {"sync_every": 2, "delay": 0}
 
 # The same loop as another recipe, which runs always.
-VARIANTS = ("streaming_diloco", "local_adamw")
+VARIANTS = ("streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic")
 AXIS = "worker"
 
 BAD: dict[str, list[dict[str, Any]]] = {
@@ -52,6 +52,9 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ],
     "streaming_diloco": [{"fragments": 0}, {"delay": 50}, {"mixing": 1.5}, {"order": "random"}],
     "local_adamw": [{"sync_every": 0}],
+    "eager_diloco": [{"outer_learning_rate": -1.0}, {"outer_momentum": 1.0}, {"mean": "int2"}],
+    "co2": [{"outer_momentum": 1.0}, {"clip": 0.0}, {"mean": "int2"}],
+    "savic": [{"b2": 1.0}, {"floor": 0.0}, {"rule": "adagrad"}, {"scaling": "none"}],
     "demo": [{"decay": 1.0}, {"k": 0}, {"alpha": 0.0}, {"mean": "all"}, {"weight_decay": -0.5}],
 }
 
@@ -76,6 +79,9 @@ KNOWN: dict[str, dict[str, str]] = {
     "streaming_diloco": {
         "map_params": "fragments follow from the parameters, in whose place optax puts one object",
         "weight_decay_is_decoupled": "with a fragment a step, the first is synchronised already",
+    },
+    "co2": {
+        "follows_schedules": "the first synchronisation leads back to the start, whatever the rate"
     },
     "adamw": _OPTAX | _EPS,
     "lion": _OPTAX,

@@ -94,7 +94,7 @@ def test_names_rates_and_papers_are_in_order():
     peers = [n for n, r in RECIPES.items() if r.peer]
     alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
     together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
-    apart = ["diloco", "streaming_diloco", "local_adamw"]
+    apart = ["diloco", "streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic"]
     assert ours == alone + together + apart
     assert peers == ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free", "galore"]
     for name, recipe in RECIPES.items():
