@@ -11,6 +11,7 @@ from benchmarks.parity import (
     adam_snsm,
     compare,
     demo,
+    diloco,
     grams,
     onebit_adam,
     powersgd,
@@ -33,6 +34,7 @@ METHODS = {
         onebit_adam,
         powersgd,
         roots,
+        diloco,
     )
 }
 LIMIT = 1e-5  # float32 rounding over 25 steps, with a margin of about ten

@@ -94,13 +94,15 @@ def test_names_rates_and_papers_are_in_order():
     peers = [n for n, r in RECIPES.items() if r.peer]
     alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
     together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
-    assert ours == alone + together
+    apart = ["diloco", "streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic"]
+    assert ours == alone + together + apart
     assert peers == ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free", "galore"]
     for name, recipe in RECIPES.items():
         assert recipe.name == name
         assert recipe.learning_rate > 0
         assert recipe.schedule in ("cosine", "constant")
-        assert recipe.communicates == (name in together)
+        assert recipe.communicates == (name in together + apart)
+        assert recipe.apart == (name in apart)
         assert (recipe.wire == "nothing") == (not recipe.communicates)
         assert recipe.paper.title
         assert 2010 < recipe.paper.year < 2030
