@@ -12,6 +12,14 @@ from jaxopt_suite.optimizers.onebit_adam import (
 )
 from jaxopt_suite.optimizers.powersgd import powersgd
 from jaxopt_suite.optimizers.registry import Paper, Recipe, registry
+from jaxopt_suite.optimizers.shampoo import (
+    ScaleByShampooState,
+    ScaleBySoapState,
+    scale_by_shampoo,
+    scale_by_soap,
+    shampoo,
+    soap,
+)
 from jaxopt_suite.optimizers.subset_norm import (
     ScaleBySubsetNormState,
     adagrad_sn,
@@ -33,6 +41,8 @@ __all__ = [
     "ScaleByDemoState",
     "ScaleByGramsState",
     "ScaleByOnebitAdamState",
+    "ScaleByShampooState",
+    "ScaleBySoapState",
     "ScaleBySubsetNormState",
     "ScaleBySubspaceMomentumState",
     "TerngradMeanState",
@@ -53,8 +63,12 @@ __all__ = [
     "scale_by_demo",
     "scale_by_grams",
     "scale_by_onebit_adam",
+    "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
+    "shampoo",
+    "soap",
     "terngrad",
     "terngrad_mean",
 ]
