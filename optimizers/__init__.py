@@ -35,6 +35,14 @@ from jaxopt_suite.optimizers.onebit_adam import (
 )
 from jaxopt_suite.optimizers.powersgd import powersgd
 from jaxopt_suite.optimizers.registry import Paper, Recipe, registry
+from jaxopt_suite.optimizers.shampoo import (
+    ScaleByShampooState,
+    ScaleBySoapState,
+    scale_by_shampoo,
+    scale_by_soap,
+    shampoo,
+    soap,
+)
 from jaxopt_suite.optimizers.subset_norm import (
     ScaleBySubsetNormState,
     adagrad_sn,
@@ -60,6 +68,8 @@ __all__ = [
     "ScaleByDemoState",
     "ScaleByGramsState",
     "ScaleByOnebitAdamState",
+    "ScaleByShampooState",
+    "ScaleBySoapState",
     "ScaleBySubsetNormState",
     "ScaleBySubspaceMomentumState",
     "SlowMomentumState",
@@ -94,9 +104,13 @@ __all__ = [
     "scale_by_demo",
     "scale_by_grams",
     "scale_by_onebit_adam",
+    "scale_by_shampoo",
+    "scale_by_soap",
     "scale_by_subset_norm",
     "scale_by_subspace_momentum",
+    "shampoo",
     "slow_momentum",
+    "soap",
     "streaming_diloco",
     "streaming_diloco_adamw",
     "terngrad",

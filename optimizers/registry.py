@@ -26,6 +26,7 @@ from jaxopt_suite.optimizers.grams import grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8
 from jaxopt_suite.optimizers.onebit_adam import onebit_adam
 from jaxopt_suite.optimizers.powersgd import powersgd
+from jaxopt_suite.optimizers.shampoo import memory, shampoo, soap
 from jaxopt_suite.optimizers.terngrad import terngrad
 
 
@@ -228,6 +229,29 @@ def _ours() -> list[Recipe]:
             paper=_SN,
             state_formula="rb + ra + b",
             state_elements=_snsm_elements,
+        ),
+        Recipe(
+            name="shampoo",
+            factory=shampoo,
+            learning_rate=0.008,
+            defaults={"b2": 0.95},  # statistics that forget within 200 steps
+            paper=Paper(
+                "A Distributed Data-Parallel PyTorch Implementation of the Distributed Shampoo "
+                "Optimizer for Training Neural Networks At-Scale",
+                "2309.06497",
+                2023,
+            ),
+            state_formula="2mn + 2m² + 2n² + 5 (one block)",
+            state_elements=lambda m, n, **hp: memory.shampoo_elements([(m, n)], **hp),
+        ),
+        Recipe(
+            name="soap",
+            factory=soap,
+            learning_rate=0.008,
+            defaults={"b1": 0.9},
+            paper=Paper("SOAP: Improving and Stabilizing Shampoo using Adam", "2409.11321", 2024),
+            state_formula="2mn + 2m² + 2n² + 3 (one block)",
+            state_elements=lambda m, n, **hp: memory.soap_elements([(m, n)], **hp),
         ),
     ]
 

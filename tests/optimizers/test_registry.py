@@ -50,6 +50,13 @@ def test_state_is_exactly_what_the_formula_says(name):
         ("adam_snsm", {"projection": "approx_svd", "rank": 1000}),
         ("powersgd", {"rank": 1}),
         ("powersgd", {"rank": 30, "warmup_steps": 10}),
+        ("shampoo", {"block_size": 64}),
+        ("shampoo", {"b1": 0.0, "graft": "none", "stack_multiple": 8}),
+        ("shampoo", {"block_size": 100, "momentum": 0.9, "graft": "sgd"}),
+        ("soap", {"block_size": 64, "stack_multiple": 8}),
+        ("soap", {"one_sided": True}),
+        ("soap", {"merge_dims": True, "block_size": 30_000}),
+        ("soap", {"merge_dims": True, "block_size": 130 * 200, "rotate_vectors": True}),
     ],
 )
 def test_formulas_follow_the_hyperparameters(name, hyperparameters):
@@ -75,7 +82,8 @@ def test_the_formula_in_words_is_the_formula_in_code(name):
     m, n = 200, 130
     rank = recipe.hyperparameters().get("rank")
     names = {"m": m, "n": n, "a": min(m, n), "b": max(m, n), "r": rank}
-    product = re.sub(r"(?<=[0-9a-z])(?=[a-z])", "*", recipe.state_formula)
+    formula = recipe.state_formula.removesuffix(" (one block)").replace("²", "**2")
+    product = re.sub(r"(?<=[0-9a-z])(?=[a-z])", "*", formula)
     assert eval(product, {}, names) == recipe.state_elements(m, n, **recipe.hyperparameters())
 
 
@@ -92,7 +100,7 @@ def test_our_counters_are_int32_scalars_beside_flags():
 def test_names_rates_and_papers_are_in_order():
     ours = [n for n, r in RECIPES.items() if not r.peer]
     peers = [n for n, r in RECIPES.items() if r.peer]
-    alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm"]
+    alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm", "shampoo", "soap"]
     together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
     apart = ["diloco", "streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic"]
     assert ours == alone + together + apart

@@ -26,13 +26,20 @@ STEPS, CLIP = 50, 0.1
 # float32 for sums in another order, carried on through 50 steps of training.
 TOLERANCE = {"float64": 1e-10, "float32": 2e-4}
 SUBSTRATES = ["data=8", "data=2,fsdp=2,model=2", "worker=4,model=2", "fleet of 4"]
-OURS = [name for name, recipe in registry().items() if not (recipe.peer or recipe.communicates)]
+# Not SOAP: statistics of few gradients have null spaces, of whose bases two programs choose two.
+OURS = [
+    name
+    for name, recipe in registry().items()
+    if not (recipe.peer or recipe.communicates or name == "soap")
+]
 OPTIMIZERS = ["adamw", "adafactor", "muon", "clipped adamw", *OURS]
 # So that what is special about them happens in a model this small, and several times.
 HYPERPARAMETERS = {
     "adafactor": {"min_dim_size_to_factor": 16},
     "adam_snsm": {"rank": 8, "refresh_every": 10},
+    "shampoo": {"stack_multiple": 8},
 }
+COSTLY = ("shampoo",)  # a minute to compile
 
 
 def batches(steps=STEPS):
@@ -103,6 +110,7 @@ def cases():
         for i, name in enumerate(names):
             for j, substrate in enumerate(SUBSTRATES):
                 always = i % 4 == j or (dtype, name) == ("float64", "clipped adamw")
+                always = always and name not in COSTLY
                 marks = [pytest.mark.slow] if always else [pytest.mark.exhaustive]
                 yield pytest.param(dtype, name, substrate, marks=marks)
 
