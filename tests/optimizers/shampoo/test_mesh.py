@@ -60,7 +60,7 @@ def placed(mesh, tree):
     return {name: jax.device_put(x, NamedSharding(mesh, SPECS[name])) for name, x in tree.items()}
 
 
-@pytest.mark.parametrize("block_size", [5, 8, 64])
+@pytest.mark.parametrize("block_size", [5, 8])
 def test_owners_get_the_blocks_and_holders_get_their_leaves_back_bit_for_bit(block_size):
     cutting, mesh = Cutting(block_size, True, 8), parallel.make_mesh(MESH)
     tree = leaves() | {"columns": leaves(jnp.bfloat16)["columns"]}
@@ -122,18 +122,14 @@ def test_between_gradient_and_update_only_atoms_cross_and_no_state_is_gathered()
     step = parallel.make_train_step(loss, tx, mesh, param_specs=specs)
     compiled = step.lower(params, jax.ShapeDtypeStruct((8, 3), jnp.float32)).compile()
     found = [c for c in wire.collectives(compiled, mesh) if "shard_map" in c.op_name]
-    # 24 blocks of 16x16, three on each device. Every device has one row of blocks of "a" and "b",
-    # of which the owners at its place want six each at most; "c" lies the other way.
-    route = {(c.kind, c.axes) for c in found}
-    assert route == {
-        ("all-to-all", ("fsdp",)),
-        ("all-gather", ("data",)),
-        ("all-gather", ("data", "fsdp")),
-    }
-    sent = sum(c.nbytes * c.times for c in found)
-    everything = 4 * sum(np.prod(shape) for shape in shapes.values())
-    gathered = 7 / 8 * everything  # by each device, of gradients whole on every one
-    assert sent < 0.6 * gathered
+    # All three matrices travel in one lane, as atoms of 16x16 in float32. 24 blocks are three rows a
+    # device, of which up to two are in one part: buffers of two cells for each of four parts, of
+    # which three quarters leave the device, to the owners and back. Then the other copy's cells.
+    atom = 4 * 16 * 16
+    exchanged = [c for c in found if c.kind == "all-to-all"]
+    assert [c.nbytes for c in exchanged] == [3 / 4 * 4 * 2 * atom] * 2
+    copied = {c.axes: c.nbytes for c in found if c.kind == "all-gather"}
+    assert copied == {("data",): 4 * 2 * atom, ("data", "fsdp"): 7 * 4 * 16}
 
 
 def test_a_grid_takes_the_longest_atoms_that_parts_and_blocks_allow():
