@@ -91,8 +91,9 @@ def streaming_diloco(
       Douillard et al., "Streaming DiLoCo with overlapping communication: Towards a Distributed Free
       Lunch", 2025, arXiv:2501.18512. Departures: its text and its Algorithm 2 differ in the sign of
       offsets, and literally the first round of a fragment is shorter or longer than H; here
-      fragment p is first sent at its offset, as in MaxText and torchft. Fragments are of whole
-      leaves, not of layers, unless told. The paper's four bits are E3M0, ours are ``int4``.
+      fragment p is first sent at its offset, as in MaxText (torchft sends it τ steps earlier).
+      Fragments are of whole leaves, not of layers, unless told. The paper's four bits are E3M0,
+      ours are ``int4``.
     """
     core.check_choice("order", order, ORDERS)
     core.check_choice("rejoin", rejoin, ("keep", "reset"))

@@ -125,6 +125,21 @@ def test_a_contribution_that_is_not_finite_is_left_out_counted_and_its_worker_be
     np.testing.assert_array_equal(found[np.array([0, 3]), 1, 0], [-6.25, -6.25])
 
 
+def test_a_worker_of_nan_is_left_out_for_good_unless_its_own_optimizer_is_guarded():
+    """No update mends a NaN; the others go on without it."""
+    gradients = ones(3, 6).copy()
+    gradients[1, 2] = np.nan
+    lost, state = fleet(None, gradients)
+    assert np.isnan(lost[1, 3:]).all()
+    assert int(state.left_out) == 2
+    np.testing.assert_array_equal(
+        lost[[0, 2], -1, 0], [-12, -12]
+    )  # rounds of the mean rates 2, 2, 2
+    guarded, state = fleet(None, gradients, inner=optax.apply_if_finite(optax.sgd(1.0), 5))
+    assert int(state.left_out) == 0
+    assert np.isfinite(guarded).all()
+
+
 def test_updates_of_the_chain_that_are_not_finite_are_not_taken():
     outer = optax.chain(mean_over_workers(AXIS), optax.trace(0.5), optax.scale(-3e38))
     found, state = fleet(None, 8 * ones(2, 4), outer=outer)
