@@ -53,9 +53,12 @@ def diloco(
     goes to $\Theta$ and waits there, so that the gradient of the step in which it returns is taken
     there. Its inner state is kept or, with ``rejoin="reset"``, begun anew. At a synchronisation
     weights are those of that very step, and the mean is over those present. If nobody is, the outer
-    step is skipped and counted in ``skipped``. A worker whose $\Delta_w$ is not finite is left out,
-    counted in ``left_out``, and begins anew at $\Theta$ with a new inner state. Should the outer
-    updates not be finite, the step is skipped, too.
+    step is skipped and counted in ``skipped``; so it is if the outer updates are not finite.
+
+    **Non-finite numbers.** A worker whose $\Delta_w$ is not finite is left out, counted in
+    ``left_out``, and begins anew at $\Theta$ with a new inner state. But updates are added, and
+    none mends a parameter that was NaN before that step: a worker with such is left out for good.
+    ``optax.apply_if_finite`` around ``inner`` keeps single bad batches from doing this.
 
     **What an outer chain is given**: $x_w = n a_w \Delta_w / \sum_v a_v$, of which any plain mean
     is the weighted one, and ``weight=``, the factor, for links that remember (``diloco.outer``).
@@ -66,14 +69,17 @@ def diloco(
 
     **Rounding.** After a synchronisation $\theta_w$ is $\Theta$ in the dtype of the parameters, but
     for entries that changed sign or more than doubled or halved in the round: these are off by up
-    to one unit in the last place, as an update is a difference that is added again. Nothing
-    accumulates, because $\Delta_w$ is measured against $\Theta$.
+    to one unit in the last place, as an update is a difference that is added again. $\Delta_w$ is
+    measured against $\Theta$ rounded to that dtype, from where the round began: so nothing
+    accumulates, and for parameters of 16 bits $\Theta$ is what their master copies are, which keep
+    what is below a rounding. Were it measured against $\Theta$ itself, that would be lost.
 
     **Between synchronisations.** A run that ends H - 1 steps after the last one has ``since`` of
     H - 1, and these steps are in no outer parameters.
 
     Memory, for an m-by-n matrix: 4mn bytes for $\Theta$, what ``outer`` keeps (by default 4mn), and
-    what ``inner`` does. The inner state is a worker's own to the last counter: under ``vmap`` a
+    what ``inner`` does; and while a step runs, the updates, which a conditional's result cannot be
+    fused with. The inner state is a worker's own to the last counter: under ``vmap`` a
     conditional on one (a refresh every k steps) becomes a selection, and costs both branches.
 
     Args:
@@ -103,17 +109,13 @@ def diloco(
       >>> from jaxopt_suite import parallel
       >>> from jaxopt_suite.optimizers import diloco, outer_params
       >>> tx = diloco(optax.sgd(0.1), sync_every=5, axis_name="worker")
-      >>> def worker(x, target):
-      ...     def step(carry, _):
-      ...         x, state = carry
-      ...         updates, state = tx.update(x - target, state, x)
-      ...         return (optax.apply_updates(x, updates), state), None
-      ...     (x, state), _ = jax.lax.scan(step, (x, tx.init(x)), length=500)
-      ...     return outer_params(state, x)
-      >>> targets = jnp.arange(4.0).reshape(4, 1)
-      >>> run = parallel.run_workers(worker, axis_name="worker", in_axes=(None, 0))
-      >>> run(jnp.zeros(1), targets).round(3).tolist()
-      [1.5]
+      >>> loss = lambda x, target: jnp.mean((x - target) ** 2) / 2
+      >>> step = parallel.make_train_step(loss, tx, worker_axis="worker", workers=4)
+      >>> state = step.init(jnp.zeros(()))
+      >>> for _ in range(500):
+      ...     state, metrics = step(state, jnp.arange(4.0))
+      >>> round(float(outer_params(state.opt_state, state.params)), 3)
+      1.5
 
     References:
       Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023,
@@ -215,8 +217,8 @@ class Loop:
             axis_name=self.axis_name,
             **extra_args,
         )
-        synchronise = lambda *now: self.synchronise(params, *now, weight, specs)
-        branches = core.alike([synchronise, lambda *same: same], step, state)
+        together = lambda step, state: self.synchronise(params, step, state, weight, specs)
+        branches = core.alike([together, lambda *same: same], step, state)
         return jax.lax.cond(state.since >= every, *branches, step, state)
 
     def synchronise(

@@ -146,6 +146,38 @@ def test_one_worker_with_outer_sgd_of_rate_alpha_is_lookahead():
         np.testing.assert_allclose(state.outer_params[leaf], both.slow[leaf], rtol=0, atol=3e-6)
 
 
+def test_renaming_workers_renames_their_states_and_leaves_the_outer_parameters():
+    inputs, order = noise(workers=4, steps=5), [2, 0, 3, 1]
+    renamed = jax.tree.map(lambda x: x[np.array(order)], inputs)
+    tx = diloco(optax.adam(0.1), sync_every=3, axis_name=AXIS)
+    found, state = train_fleet(tx, quadratic, inputs, start())
+    other, other_state = train_fleet(tx, quadratic, renamed, start())
+    pairs = [(found, other), (state.inner[0].mu, other_state.inner[0].mu)]
+    # The mean of four is taken in another order.
+    for one, two in pairs:
+        for leaf in one:
+            np.testing.assert_allclose(one[leaf][np.array(order)], two[leaf], rtol=0, atol=1e-6)
+    for leaf, x in state.outer_params.items():
+        np.testing.assert_allclose(x, other_state.outer_params[leaf], rtol=0, atol=1e-6)
+
+
+def test_twenty_outer_steps_are_those_of_torch_on_the_same_pseudo_gradients():
+    torch = pytest.importorskip("torch", reason="the reference is torch.optim.SGD")
+    deltas = np.random.default_rng(4).normal(size=(1, 20, 30)).astype(np.float32)
+    tx = diloco(optax.sgd(1.0), sync_every=1, axis_name=AXIS)
+    # A worker that is put back to where it was after each step has the gradient for its way.
+    found, _ = train_fleet(tx, identity_gradient, deltas, np.zeros(30, np.float32))
+    reference = torch.nn.Parameter(torch.zeros(30))
+    optimizer = torch.optim.SGD([reference], lr=0.7, momentum=0.9, nesterov=True)
+    for step in range(20):
+        reference.grad = torch.tensor(deltas[0, step])
+        optimizer.step()
+        expected = reference.detach().numpy()
+        scale = np.abs(expected).max()
+        # Θ - (Θ - Δ) is Δ but for a rounding of numbers of the size of Θ.
+        np.testing.assert_allclose(found[0, step], expected, rtol=0, atol=1e-5 * scale)
+
+
 def test_workers_part_between_synchronisations_and_meet_at_the_outer_parameters():
     inputs = noise(workers=3, steps=6)
     tx = diloco(optax.adam(0.01), sync_every=3, axis_name=AXIS)
@@ -197,14 +229,20 @@ def test_moments_are_kept_or_begun_anew_as_asked():
     assert moments == {"keep": 1.75, "reset": 0.0}
 
 
-def test_outer_parameters_are_float32_and_measured_against_whatever_the_parameters_are():
-    """In bfloat16 the mean of two workers' ends lies between two numbers of that dtype."""
-    start, gradients = np.ones(1, jnp.bfloat16), np.zeros((2, 1, 1), np.float32)
-    gradients[0] = 2.0**-7  # one unit in the last place above one
+@pytest.mark.parametrize("mesh", [None, {"worker": 2}])
+def test_outer_parameters_keep_what_the_dtype_of_the_parameters_cannot(mesh):
+    """In bfloat16 the mean of two workers' ends lies between two numbers of that dtype.
+
+    With gradients of zero from then on it stays there, and workers at the even one of the two.
+    """
+    mesh = mesh and parallel.make_mesh(mesh)
+    start, gradients = np.ones(1, jnp.bfloat16), np.zeros((2, 3, 1), np.float32)
+    gradients[0, 0] = 2.0**-7  # one unit in the last place above one
     tx = diloco(optax.sgd(-1.0), outer_sgd(1.0), sync_every=1, axis_name=AXIS)
     gradient = lambda p, x: x.astype(p.dtype)
-    found, state = train_fleet(tx, gradient, gradients, start)
+    found, state = train_fleet(tx, gradient, gradients, start, mesh=mesh)
     assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found, np.float32), 1)
     assert state.outer_params.dtype == jnp.float32
     assert float(state.outer_params[0]) == 1 + 2.0**-8
 
@@ -237,12 +275,19 @@ def test_refuses_a_cadence_that_is_no_integer():
         diloco(optax.sgd(1.0), axis_name=AXIS, sync_every=2.5)
 
 
-@pytest.mark.parametrize("mesh", [None, {"worker": 4}])
-def test_refuses_an_outer_chain_that_does_not_communicate(mesh):
-    mesh = mesh and parallel.make_mesh(mesh)
+@pytest.mark.parametrize("run", ["vmap", "simulated", "mesh"])
+def test_refuses_an_outer_chain_that_does_not_communicate(run):
     tx = diloco(optax.sgd(0.1), optax.sgd(0.7), sync_every=2, axis_name=AXIS)
-    with pytest.raises(ValueError, match="the outer parameters would drift apart"):
-        train_fleet(tx, quadratic, noise(workers=4, steps=2), start(), mesh=mesh)
+    update = lambda g, p: tx.update(g, tx.init(p), p)[0]
+    mapped = {
+        "vmap": jax.vmap(update, in_axes=(0, None), axis_name=AXIS),
+        "simulated": parallel.run_workers(update, axis_name=AXIS, in_axes=(0, None)),
+        "mesh": parallel.run_workers(
+            update, axis_name=AXIS, in_axes=(0, None), mesh=parallel.make_mesh({"worker": 4})
+        ),
+    }
+    with pytest.raises(ValueError, match=r"those of \['w'\] may differ.*would drift apart"):
+        mapped[run]({"w": jnp.ones((4, 3))}, {"w": jnp.ones(3)})
 
 
 @pytest.mark.parametrize("mesh", [None, {"worker": 4}])

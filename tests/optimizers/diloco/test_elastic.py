@@ -125,6 +125,21 @@ def test_a_contribution_that_is_not_finite_is_left_out_counted_and_its_worker_be
     np.testing.assert_array_equal(found[np.array([0, 3]), 1, 0], [-6.25, -6.25])
 
 
+def test_a_worker_of_nan_is_left_out_for_good_unless_its_own_optimizer_is_guarded():
+    """No update mends a NaN; the others go on without it."""
+    gradients = ones(3, 6).copy()
+    gradients[1, 2] = np.nan
+    lost, state = fleet(None, gradients)
+    assert np.isnan(lost[1, 3:]).all()
+    assert int(state.left_out) == 2
+    np.testing.assert_array_equal(
+        lost[[0, 2], -1, 0], [-12, -12]
+    )  # rounds of the mean rates 2, 2, 2
+    guarded, state = fleet(None, gradients, inner=optax.apply_if_finite(optax.sgd(1.0), 5))
+    assert int(state.left_out) == 0
+    assert np.isfinite(guarded).all()
+
+
 def test_updates_of_the_chain_that_are_not_finite_are_not_taken():
     outer = optax.chain(mean_over_workers(AXIS), optax.trace(0.5), optax.scale(-3e38))
     found, state = fleet(None, 8 * ones(2, 4), outer=outer)
@@ -149,8 +164,15 @@ def send(tx, inputs, active):
     return jax.jit(run)(inputs, np.asarray(active, np.float32))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "two_phase"])
-@pytest.mark.parametrize("rule", [feedback.none(), feedback.ef(), feedback.econtrol(0.5)])
+@pytest.mark.parametrize(
+    ("rule", "exchange"),
+    [
+        (feedback.none(), "gather"),
+        (feedback.ef(), "gather"),
+        (feedback.ef(), "two_phase"),
+        (feedback.econtrol(0.5), "two_phase"),
+    ],
+)
 def test_an_absent_worker_sends_nothing_and_keeps_what_it_remembers(rule, exchange):
     inputs = np.random.default_rng(1).normal(size=(3, 2, 2048)).astype(np.float32)
     inputs[2, 1] = 1e6  # would be seen in any mean
