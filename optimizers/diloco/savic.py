@@ -86,6 +86,19 @@ def savic(
       ValueError, TypeError: for an argument out of range; at ``update``, without ``params``, if
         ``axis_name`` is not bound, or without ``curvature`` where the rule asks for it.
 
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_suite import parallel
+      >>> from jaxopt_suite.optimizers import outer_params, savic
+      >>> tx = savic(0.1, sync_every=5, axis_name="worker")
+      >>> loss = lambda x, targets: 0.5 * jnp.mean((x - targets) ** 2)
+      >>> step = parallel.make_train_step(loss, tx, worker_axis="worker", workers=4)
+      >>> state = step.init(jnp.zeros(()))
+      >>> for _ in range(200):
+      ...     state, _ = step(state, jnp.arange(4.0))
+      >>> round(float(outer_params(state.opt_state, state.params[0])), 3)
+      1.5
+
     References:
       Chezhegov et al., "Local Methods with Adaptivity via Scaling", 2024, arXiv:2406.00846. Written
       after its abstract and the methods that it names; no official code is known. That a round's
