@@ -48,6 +48,8 @@ def alike(branches: Sequence[Callable[..., Any]], *operands: Any) -> list[Callab
       branches: functions of the operands, whose results have one structure.
       *operands: what they will be called with.
     """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return list(branches)  # no types: all are alike, and a trace is saved
     rows: list[list[frozenset[str]]] = []
     for branch in branches:
         # Noted while it is traced: what eval_shape returns does not tell types on every mesh.

@@ -215,8 +215,8 @@ class Loop:
             axis_name=self.axis_name,
             **extra_args,
         )
-        synchronise = lambda *now: self.synchronise(params, *now, weight, specs)
-        branches = core.alike([synchronise, lambda *same: same], step, state)
+        together = lambda step, state: self.synchronise(params, step, state, weight, specs)
+        branches = core.alike([together, lambda *same: same], step, state)
         return jax.lax.cond(state.since >= every, *branches, step, state)
 
     def synchronise(

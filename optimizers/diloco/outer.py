@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import bound_axis_size
+from jaxopt_suite.optimizers.diloco.local import choose
 
 
 def mean_over_workers(axis_name: str) -> optax.GradientTransformationExtraArgs:
@@ -144,9 +145,11 @@ def outer_step(
     for u in jax.tree.leaves(updates):
         taken &= jnp.all(jnp.isfinite(u))
     stepped = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
-    new, old = (stepped, new_state), (params, state)
-    kept = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, old)
-    return Stepped(*kept, skipped=(~taken).astype(jnp.int32))
+    return Stepped(
+        params=choose(taken, stepped, params),
+        state=choose(taken, new_state, state),
+        skipped=(~taken).astype(jnp.int32),
+    )
 
 
 def _check_communicates(

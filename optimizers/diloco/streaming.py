@@ -160,13 +160,12 @@ class _Stream:
             axis_name=self.axis_name,
             **extra_args,
         )
-        assert params is not None  # advance raises
         state = state._replace(since=state.since % self.every)
         parts, specs = self.cut(params), extra_args.get("param_specs")
         timetable = Timetable(self.every, parts.count, self.delay)
 
-        send = lambda p, *now: self.send(parts, p, params, *now, weight, specs)
-        apply = lambda p, *now: self.apply(parts, p, params, *now, weight)
+        send = lambda p, step, state: self.send(parts, p, params, step, state, weight, specs)
+        apply = lambda p, step, theta: self.apply(parts, p, params, step, theta, weight)
         sent, arrived = timetable.sent(state.count), timetable.applied(state.count)
         step, state = _switch(sent, parts.count, send, lambda *same: same, step, state)
         rest = lambda step, outer_params: step
@@ -228,5 +227,6 @@ def _switch(
     *operands: Any,
 ) -> Any:
     """``branch(index, *operands)`` for an index below ``count``, else ``otherwise(*operands)``."""
-    branches = [*(functools.partial(branch, p) for p in range(count)), otherwise]
+    branches: list[Callable[..., Any]] = [functools.partial(branch, p) for p in range(count)]
+    branches.append(otherwise)
     return jax.lax.switch(index, core.alike(branches, *operands), *operands)

@@ -146,6 +146,38 @@ def test_one_worker_with_outer_sgd_of_rate_alpha_is_lookahead():
         np.testing.assert_allclose(state.outer_params[leaf], both.slow[leaf], rtol=0, atol=3e-6)
 
 
+def test_renaming_workers_renames_their_states_and_leaves_the_outer_parameters():
+    inputs, order = noise(workers=4, steps=5), [2, 0, 3, 1]
+    renamed = jax.tree.map(lambda x: x[np.array(order)], inputs)
+    tx = diloco(optax.adam(0.1), sync_every=3, axis_name=AXIS)
+    found, state = train_fleet(tx, quadratic, inputs, start())
+    other, other_state = train_fleet(tx, quadratic, renamed, start())
+    pairs = [(found, other), (state.inner[0].mu, other_state.inner[0].mu)]
+    # The mean of four is taken in another order.
+    for one, two in pairs:
+        for leaf in one:
+            np.testing.assert_allclose(one[leaf][np.array(order)], two[leaf], rtol=0, atol=1e-6)
+    for leaf, x in state.outer_params.items():
+        np.testing.assert_allclose(x, other_state.outer_params[leaf], rtol=0, atol=1e-6)
+
+
+def test_twenty_outer_steps_are_those_of_torch_on_the_same_pseudo_gradients():
+    torch = pytest.importorskip("torch", reason="the reference is torch.optim.SGD")
+    deltas = np.random.default_rng(4).normal(size=(1, 20, 30)).astype(np.float32)
+    tx = diloco(optax.sgd(1.0), sync_every=1, axis_name=AXIS)
+    # A worker that is put back to where it was after each step has the gradient for its way.
+    found, _ = train_fleet(tx, identity_gradient, deltas, np.zeros(30, np.float32))
+    reference = torch.nn.Parameter(torch.zeros(30))
+    optimizer = torch.optim.SGD([reference], lr=0.7, momentum=0.9, nesterov=True)
+    for step in range(20):
+        reference.grad = torch.tensor(deltas[0, step])
+        optimizer.step()
+        expected = reference.detach().numpy()
+        scale = np.abs(expected).max()
+        # Θ - (Θ - Δ) is Δ but for a rounding of numbers of the size of Θ.
+        np.testing.assert_allclose(found[0, step], expected, rtol=0, atol=1e-5 * scale)
+
+
 def test_workers_part_between_synchronisations_and_meet_at_the_outer_parameters():
     inputs = noise(workers=3, steps=6)
     tx = diloco(optax.adam(0.01), sync_every=3, axis_name=AXIS)

@@ -149,8 +149,15 @@ def send(tx, inputs, active):
     return jax.jit(run)(inputs, np.asarray(active, np.float32))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "two_phase"])
-@pytest.mark.parametrize("rule", [feedback.none(), feedback.ef(), feedback.econtrol(0.5)])
+@pytest.mark.parametrize(
+    ("rule", "exchange"),
+    [
+        (feedback.none(), "gather"),
+        (feedback.ef(), "gather"),
+        (feedback.ef(), "two_phase"),
+        (feedback.econtrol(0.5), "two_phase"),
+    ],
+)
 def test_an_absent_worker_sends_nothing_and_keeps_what_it_remembers(rule, exchange):
     inputs = np.random.default_rng(1).normal(size=(3, 2, 2048)).astype(np.float32)
     inputs[2, 1] = 1e6  # would be seen in any mean
