@@ -15,6 +15,7 @@ from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.compress import compressed
 from jaxopt_suite.experiments.config import LayoutConfig, refuse
+from jaxopt_suite.optimizers.diloco import mean_over_workers
 from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
 from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
@@ -163,7 +164,7 @@ def assemble_step(
         # was left out before would still hold the gradient at its full size.
         first = optax.chain(first, compressed(config, worker_axis))
     elif worker_axis is not None and not communicates:
-        mean = mean_over(worker_axis)
+        mean = mean_over_workers(worker_axis)
         if watched is not None:
             mean = noise_scale(mean, axis_name=worker_axis, batch_size=watched // workers)
         first = optax.chain(mean, first)
@@ -180,8 +181,3 @@ def assemble_step(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def mean_over(axis_name: str) -> optax.GradientTransformation:
-    """The mean of all workers' updates, uncompressed."""
-    return optax.stateless(lambda updates, params: jax.lax.pmean(updates, axis_name))

@@ -66,8 +66,10 @@ def diloco(
 
     **Rounding.** After a synchronisation $\theta_w$ is $\Theta$ in the dtype of the parameters, but
     for entries that changed sign or more than doubled or halved in the round: these are off by up
-    to one unit in the last place, as an update is a difference that is added again. Nothing
-    accumulates, because $\Delta_w$ is measured against $\Theta$.
+    to one unit in the last place, as an update is a difference that is added again. $\Delta_w$ is
+    measured against $\Theta$ rounded to that dtype, from where the round began: so nothing
+    accumulates, and for parameters of 16 bits $\Theta$ is what their master copies are, which keep
+    what is below a rounding. Were it measured against $\Theta$ itself, that would be lost.
 
     **Between synchronisations.** A run that ends H - 1 steps after the last one has ``since`` of
     H - 1, and these steps are in no outer parameters.

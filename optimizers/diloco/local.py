@@ -11,25 +11,37 @@ from jaxopt_suite.core.collectives import bound_axis_size
 from jaxopt_suite.optimizers.diloco.state import DilocoState
 
 
+def in_dtype_of(params: optax.Params, outer_params: Any) -> Any:
+    """Outer parameters as workers have them: rounded to the dtypes of ``params``, stored wide."""
+
+    def leaf(p: jax.Array, o: jax.Array) -> jax.Array:
+        form = jnp.finfo(p.dtype)
+        # Not a cast and one back, of which compilers may leave out both.
+        return o if p.dtype == o.dtype else jax.lax.reduce_precision(o, form.nexp, form.nmant)
+
+    return jax.tree.map(leaf, params, outer_params)
+
+
 def updates_to(params: optax.Params, target: Any) -> optax.Updates:
     """The updates that bring ``params`` to ``target``, in the dtypes of ``params``.
 
     What is added up need not be the target to the last bit: where the two differ in sign or by
     more than a factor of two, their difference is rounded, and what is reached is off by at most
-    one unit in the last place of the larger. Nothing accumulates, as pseudo-gradients are
-    measured against the target.
+    one unit in the last place of the larger. Nothing accumulates, as pseudo-gradients are not
+    measured against what was reached.
     """
-
-    def leaf(p: jax.Array, t: jax.Array) -> jax.Array:
-        wide = core.accumulator_dtype(p)
-        return (t.astype(p.dtype).astype(wide) - p.astype(wide)).astype(p.dtype)
-
-    return jax.tree.map(leaf, params, target)
+    difference = lambda p, t: (t - p.astype(t.dtype)).astype(p.dtype)
+    return jax.tree.map(difference, params, in_dtype_of(params, target))
 
 
 def pseudo_gradient(outer_params: Any, params: optax.Params) -> Any:
-    """From the outer parameters back to this worker's: float32, uphill as a gradient is."""
-    return jax.tree.map(lambda o, p: o - p.astype(o.dtype), outer_params, params)
+    """How far this worker is from where the round began: float32, uphill as a gradient is.
+
+    It began at the outer parameters in the dtype of ``params``. What that rounding took away is in
+    no worker's way, and stays in the outer parameters: small steps of many rounds add up there.
+    """
+    difference = lambda o, p: o - p.astype(o.dtype)
+    return jax.tree.map(difference, in_dtype_of(params, outer_params), params)
 
 
 def as_weight(active: jax.typing.ArrayLike | None) -> jax.Array | None:

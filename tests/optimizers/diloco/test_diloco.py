@@ -229,14 +229,20 @@ def test_moments_are_kept_or_begun_anew_as_asked():
     assert moments == {"keep": 1.75, "reset": 0.0}
 
 
-def test_outer_parameters_are_float32_and_measured_against_whatever_the_parameters_are():
-    """In bfloat16 the mean of two workers' ends lies between two numbers of that dtype."""
-    start, gradients = np.ones(1, jnp.bfloat16), np.zeros((2, 1, 1), np.float32)
-    gradients[0] = 2.0**-7  # one unit in the last place above one
+@pytest.mark.parametrize("mesh", [None, {"worker": 2}])
+def test_outer_parameters_keep_what_the_dtype_of_the_parameters_cannot(mesh):
+    """In bfloat16 the mean of two workers' ends lies between two numbers of that dtype.
+
+    With gradients of zero from then on it stays there, and workers at the even one of the two.
+    """
+    mesh = mesh and parallel.make_mesh(mesh)
+    start, gradients = np.ones(1, jnp.bfloat16), np.zeros((2, 3, 1), np.float32)
+    gradients[0, 0] = 2.0**-7  # one unit in the last place above one
     tx = diloco(optax.sgd(-1.0), outer_sgd(1.0), sync_every=1, axis_name=AXIS)
     gradient = lambda p, x: x.astype(p.dtype)
-    found, state = train_fleet(tx, gradient, gradients, start)
+    found, state = train_fleet(tx, gradient, gradients, start, mesh=mesh)
     assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found, np.float32), 1)
     assert state.outer_params.dtype == jnp.float32
     assert float(state.outer_params[0]) == 1 + 2.0**-8
 
@@ -269,12 +275,19 @@ def test_refuses_a_cadence_that_is_no_integer():
         diloco(optax.sgd(1.0), axis_name=AXIS, sync_every=2.5)
 
 
-@pytest.mark.parametrize("mesh", [None, {"worker": 4}])
-def test_refuses_an_outer_chain_that_does_not_communicate(mesh):
-    mesh = mesh and parallel.make_mesh(mesh)
+@pytest.mark.parametrize("run", ["vmap", "simulated", "mesh"])
+def test_refuses_an_outer_chain_that_does_not_communicate(run):
     tx = diloco(optax.sgd(0.1), optax.sgd(0.7), sync_every=2, axis_name=AXIS)
-    with pytest.raises(ValueError, match="the outer parameters would drift apart"):
-        train_fleet(tx, quadratic, noise(workers=4, steps=2), start(), mesh=mesh)
+    update = lambda g, p: tx.update(g, tx.init(p), p)[0]
+    mapped = {
+        "vmap": jax.vmap(update, in_axes=(0, None), axis_name=AXIS),
+        "simulated": parallel.run_workers(update, axis_name=AXIS, in_axes=(0, None)),
+        "mesh": parallel.run_workers(
+            update, axis_name=AXIS, in_axes=(0, None), mesh=parallel.make_mesh({"worker": 4})
+        ),
+    }
+    with pytest.raises(ValueError, match=r"those of \['w'\] may differ.*would drift apart"):
+        mapped[run]({"w": jnp.ones((4, 3))}, {"w": jnp.ones(3)})
 
 
 @pytest.mark.parametrize("mesh", [None, {"worker": 4}])

@@ -20,7 +20,6 @@ from jaxopt_suite.parallel import wire
 AXIS = "worker"
 PARAMS = {"in": jnp.ones((64, 32)), "out": jnp.ones((32, 64)), "bias": jnp.ones(32)}
 BATCH = jax.ShapeDtypeStruct((16, 64), jnp.float32)
-METRICS = 12  # bytes that make_train_step sends in every step
 
 
 def loss(params, x):
@@ -46,13 +45,15 @@ def compiled(tx, sizes, *, active=False, **options):
     return step.lower(PARAMS, BATCH, active=active).compile(), mesh
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_an_inner_step_sends_nothing_between_workers_but_the_metrics(name):
+@pytest.mark.parametrize(("name", "active"), [("diloco", False), ("streaming", True)])
+def test_an_inner_step_sends_nothing_between_workers_but_the_metrics(name, active):
     specs = {"in": P(None, "model"), "out": P("model", None), "bias": P("model")}
-    program, mesh = compiled(LOOPS[name](), {"worker": 4, "model": 2}, param_specs=specs)
+    sizes = {"worker": 4, "model": 2}
+    program, mesh = compiled(LOOPS[name](), sizes, active=active, param_specs=specs)
     among = [c for c in wire.collectives(program, mesh) if AXIS in c.axes]
     always = [c for c in among if not c.conditional]
-    assert [(c.kind, c.payload) for c in always] == [("all-reduce", METRICS)]
+    three = 12  # bytes of the metrics; with weights, also how many are there
+    assert [(c.kind, c.payload) for c in always] == [("all-reduce", three + 4 * active)]
     assert any(c.conditional and c.payload > 1000 for c in among)
 
 
