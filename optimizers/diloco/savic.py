@@ -101,10 +101,10 @@ def savic(
 
     References:
       Chezhegov et al., "Local Methods with Adaptivity via Scaling", 2024, arXiv:2406.00846. Written
-      after its abstract and the methods that it names; no official code is known. That a round's
-      estimate is of its first step is our reading of "at the moments of synchronisation". OASIS:
-      Jahani et al., "Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
-      Information", 2021, arXiv:2109.05198.
+      after its abstract and the methods that it names, and not compared with its pseudo-code; no
+      official code is known. The paper keeps the scale between synchronisations; that an estimate
+      is of a round's first step is our reading. OASIS: Jahani et al., "Doubly Adaptive Scaled
+      Algorithm for Machine Learning Using Second-Order Information", 2021, arXiv:2109.05198.
     """
     core.check_learning_rate(learning_rate)
     core.check_number("b2", b2, low=0.0, high=1.0, high_open=True)
