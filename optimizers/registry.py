@@ -390,7 +390,7 @@ def _apart() -> list[Recipe]:
         apart(
             name="savic",
             factory=savic,
-            learning_rate=0.004,
+            learning_rate=0.002,
             defaults={"sync_every": 50},
             paper=Paper("Local Methods with Adaptivity via Scaling", "2406.00846", 2024),
             state_formula="2mn",

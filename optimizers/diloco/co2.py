@@ -158,6 +158,19 @@ def co2(
     Raises:
       ValueError, TypeError: as ``diloco`` and ``slow_momentum`` do.
 
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_suite import parallel
+      >>> from jaxopt_suite.optimizers import co2, outer_params
+      >>> tx = co2(optax.sgd(0.1), sync_every=5, axis_name="worker")
+      >>> loss = lambda x, targets: 0.5 * jnp.mean((x - targets) ** 2)
+      >>> step = parallel.make_train_step(loss, tx, worker_axis="worker", workers=4)
+      >>> state = step.init(jnp.zeros(()))
+      >>> for _ in range(200):
+      ...     state, _ = step(state, jnp.arange(4.0))
+      >>> round(float(outer_params(state.opt_state, state.params[0])), 3)
+      1.5
+
     References:
       Sun et al., "CO2: Efficient Distributed Training with Full Communication-Computation Overlap",
       2024, arXiv:2401.16265. The default penalty is ours: the paper's formula could not be checked,

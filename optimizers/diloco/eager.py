@@ -94,6 +94,19 @@ def eager_diloco(
     Raises:
       ValueError, TypeError: as ``diloco`` does, and for a ``delay`` other than 0 and 1.
 
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_suite import parallel
+      >>> from jaxopt_suite.optimizers import eager_diloco, outer_params
+      >>> tx = eager_diloco(optax.sgd(0.1), sync_every=5, axis_name="worker")
+      >>> loss = lambda x, targets: 0.5 * jnp.mean((x - targets) ** 2)
+      >>> step = parallel.make_train_step(loss, tx, worker_axis="worker", workers=4)
+      >>> state = step.init(jnp.zeros(()))
+      >>> for _ in range(200):
+      ...     state, _ = step(state, jnp.arange(4.0))
+      >>> [round(float(x), 2) for x in outer_params(state.opt_state, state.params)]
+      [1.24, 1.41, 1.58, 1.75]
+
     References:
       Kale, Douillard and Donchev, "Eager Updates For Overlapped Communication and Computation in
       DiLoCo", 2025, arXiv:2502.12996. What the paper does in the first round is not known to us.

@@ -86,12 +86,25 @@ def savic(
       ValueError, TypeError: for an argument out of range; at ``update``, without ``params``, if
         ``axis_name`` is not bound, or without ``curvature`` where the rule asks for it.
 
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxopt_suite import parallel
+      >>> from jaxopt_suite.optimizers import outer_params, savic
+      >>> tx = savic(0.1, sync_every=5, axis_name="worker")
+      >>> loss = lambda x, targets: 0.5 * jnp.mean((x - targets) ** 2)
+      >>> step = parallel.make_train_step(loss, tx, worker_axis="worker", workers=4)
+      >>> state = step.init(jnp.zeros(()))
+      >>> for _ in range(200):
+      ...     state, _ = step(state, jnp.arange(4.0))
+      >>> round(float(outer_params(state.opt_state, state.params[0])), 3)
+      1.5
+
     References:
       Chezhegov et al., "Local Methods with Adaptivity via Scaling", 2024, arXiv:2406.00846. Written
-      after its abstract and the methods that it names; no official code is known. That a round's
-      estimate is of its first step is our reading of "at the moments of synchronisation". OASIS:
-      Jahani et al., "Doubly Adaptive Scaled Algorithm for Machine Learning Using Second-Order
-      Information", 2021, arXiv:2109.05198.
+      after its abstract and the methods that it names, and not compared with its pseudo-code; no
+      official code is known. The paper keeps the scale between synchronisations; that an estimate
+      is of a round's first step is our reading. OASIS: Jahani et al., "Doubly Adaptive Scaled
+      Algorithm for Machine Learning Using Second-Order Information", 2021, arXiv:2109.05198.
     """
     core.check_learning_rate(learning_rate)
     core.check_number("b2", b2, low=0.0, high=1.0, high_open=True)
