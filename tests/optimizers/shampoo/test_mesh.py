@@ -122,8 +122,8 @@ def test_between_gradient_and_update_only_atoms_cross_and_no_state_is_gathered()
     step = parallel.make_train_step(loss, tx, mesh, param_specs=specs)
     compiled = step.lower(params, jax.ShapeDtypeStruct((8, 3), jnp.float32)).compile()
     found = [c for c in wire.collectives(compiled, mesh) if "shard_map" in c.op_name]
-    # All three matrices travel in one lane, as atoms of 16x16 in float32. 24 blocks are three rows a
-    # device, of which up to two are in one part: buffers of two cells for each of four parts, of
+    # All three matrices travel in one lane, as atoms of 16x16 in float32. 24 blocks are three rows
+    # a device, of which up to two are in one part: buffers of two cells for each of four parts, of
     # which three quarters leave the device, to the owners and back. Then the other copy's cells.
     atom = 4 * 16 * 16
     exchanged = [c for c in found if c.kind == "all-to-all"]
