@@ -5,7 +5,7 @@ is the same on all of them (invariant). Scan carries, the branches of a conditio
 of a collective must agree in this. Under ``vmap`` and outside of both there are no such types.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
-def vary(tree: Any, axis_names: str | tuple[str, ...]) -> Any:
+def vary(tree: Any, axis_names: str | Iterable[str]) -> Any:
     """``tree`` with every array typed as varying over ``axis_names``; its values stay as they are.
 
     Free in the forward pass; the transposed cast is a sum over the axis. So the gradient with

@@ -81,7 +81,7 @@ def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, in
     sizes = find_preset(config.preset)
     graphdef, params = abstract_model(sizes, config)
     layout = of_layout(entry.recipe, config)
-    optimizer = entry.recipe.make(entry.rate.value, **layout | entry.settings)
+    optimizer = entry.recipe.make(entry.rate.value, **{**layout, **entry.settings})
 
     def make_step(mesh: Mesh) -> TrainStep:
         return assemble_step(

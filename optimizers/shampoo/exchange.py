@@ -21,7 +21,7 @@ class Route(NamedTuple):
     lanes: list[Lane]
     axes: tuple[str, ...]  # that the stacks are spread over
 
-    def table_specs(self) -> list[Tables]:
+    def table_specs(self) -> list[Tables[PartitionSpec]]:
         """How the lanes' tables are split."""
         whole = PartitionSpec(self.axes)
         return [
@@ -35,7 +35,9 @@ class Route(NamedTuple):
             for lane in self.lanes
         ]
 
-    def to_owners(self, leaves: Sequence[jax.Array], tables: list[Tables], dtype: Any) -> Stacks:
+    def to_owners(
+        self, leaves: Sequence[jax.Array], tables: list[Tables[jax.Array]], dtype: Any
+    ) -> Stacks:
         """This device's rows of every stack.
 
         Args:
@@ -55,7 +57,7 @@ class Route(NamedTuple):
         return stacks
 
     def to_holders(
-        self, stacks: Stacks, tables: list[Tables], leaves: Sequence[jax.Array]
+        self, stacks: Stacks, tables: list[Tables[jax.Array]], leaves: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """This device's parts of every leaf, in the shapes and dtypes of ``leaves``."""
         result = list(leaves)

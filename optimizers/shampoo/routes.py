@@ -10,7 +10,7 @@ other axes, which hold copies of the leaf, every device has what the owners at i
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +18,21 @@ from jax.sharding import PartitionSpec
 
 from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Region, Shape, name_of
 
+T = TypeVar("T")
 _SMALLEST = 4  # an atom at least a fourth as long as it might be, or the leaf is gathered there
 
 
-class Tables(NamedTuple):
-    """What a device needs to know of its lane; a value beyond the end means nothing: zeros."""
+class Tables(NamedTuple, Generic[T]):
+    """What a device needs to know of its lane; a value beyond the end means nothing: zeros.
 
-    send: np.ndarray  # int32 [devices, parts, cells]: which of its atoms it sends to whom
-    take: dict[str, np.ndarray]  # int32 [devices, rows, pieces]: the cells that make up a block
-    offsets: dict[str, np.ndarray]  # int32 [devices, rows, k]: where in its pieces a block begins
-    back: np.ndarray  # int32 [devices, parts, cells]: which pieces it sends back to whom
-    land: np.ndarray  # int32 [parts, atoms, pieces]: the cells that an atom is the sum of
+    Arrays of NumPy for all devices; of JAX for one of them; or the specs of the former.
+    """
+
+    send: T  # int32 [devices, parts, cells]: which of its atoms it sends to whom
+    take: dict[str, T]  # int32 [devices, rows, pieces]: the cells that make up a block
+    offsets: dict[str, T]  # int32 [devices, rows, k]: where in its pieces a block begins
+    back: T  # int32 [devices, parts, cells]: which pieces it sends back to whom
+    land: T  # int32 [parts, atoms, pieces]: the cells that an atom is the sum of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Lane:
     others: tuple[str, ...]
     atom: Shape
     pieces: dict[str, Shape]
-    tables: Tables
+    tables: Tables[np.ndarray]
 
 
 class _Needs(NamedTuple):
@@ -238,7 +242,7 @@ class _Places(NamedTuple):
 
 def _tables(
     blocks: Blocks, needs: list[_Needs], pieces: dict[str, Shape], atoms: int, places: _Places
-) -> Tables:
+) -> Tables[np.ndarray]:
     devices, (parts, copies) = len(places.part), places.device.shape
     rows = {name: blocks.rows[name] // devices for name in pieces}
     # Pieces of all stacks are numbered through, as they lie on their owner.
