@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks import _results, docs_communication, docs_laws
+from matplotlib.figure import Figure
+
+from benchmarks import _results, docs_communication, docs_laws, docs_utilisation
 from benchmarks.markdown import measured, table
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers import Recipe, registry
@@ -227,6 +229,12 @@ def communication(results: pathlib.Path = _results.RESULTS) -> str:
     return docs_communication.fill(text, docs_communication.sections(results))
 
 
+def bandwidth(results: pathlib.Path = _results.RESULTS) -> str:
+    """``docs/guides/bandwidth.md``, written by hand, with its measured part renewed."""
+    text = (DOCS / "guides" / "bandwidth.md").read_text()
+    return docs_communication.fill(text, docs_utilisation.sections(results))
+
+
 def laws(results: pathlib.Path = _results.RESULTS) -> str:
     """``docs/laws.md``: the scaling laws, and what was measured of their fits."""
     return f"{_NOTICE}\n{docs_laws.page(results)}"
@@ -238,7 +246,13 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "optimizers.md": optimizers,
     "laws.md": laws,
     "guides/communication.md": communication,
+    "guides/bandwidth.md": bandwidth,
 }
+
+
+def _pictures() -> dict[str, tuple[str, Callable[[], Figure]]]:
+    parts = (docs_communication, docs_utilisation)
+    return {name: made for part in parts for name, made in part.pictures(_results.RESULTS).items()}
 
 
 def stale(docs: pathlib.Path) -> list[str]:
@@ -248,10 +262,9 @@ def stale(docs: pathlib.Path) -> list[str]:
         for name, page in PAGES.items()
         if not (docs / name).is_file() or (docs / name).read_text() != _tidy(page())
     ]
-    pictures = docs_communication.pictures(_results.RESULTS).items()
     return pages + [
         f"images/{name}"
-        for name, (digest, _) in pictures
+        for name, (digest, _) in _pictures().items()
         if not docs_communication.is_made_of(docs / "images" / name, digest)
     ]
 
@@ -263,7 +276,7 @@ def write(name: str, docs: pathlib.Path) -> None:
     if name in PAGES:
         path.write_text(_tidy(PAGES[name]()))
     else:
-        digest, draw = docs_communication.pictures(_results.RESULTS)[path.name]
+        digest, draw = _pictures()[path.name]
         path.write_text(docs_communication.document(digest, draw()))
 
 

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import any_worker, bound_axis_size
 from jaxopt_suite.optimizers import _common
+from jaxopt_suite.optimizers._shards import layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.coefficients import Coefficients, Mean
 from jaxopt_suite.optimizers.compression.dct import dct_top_k
 from jaxopt_suite.optimizers.compression.exchange import Exchanged, mean_of_buffer
 from jaxopt_suite.optimizers.compression.mean import DenseRule, default_dense
-from jaxopt_suite.optimizers.compression.shards import layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression.sparse import ValueName
 
 Phi = Literal["sign", "identity"]

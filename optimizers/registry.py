@@ -14,6 +14,14 @@ import optax.contrib
 
 from jaxopt_suite.optimizers import subset_norm, subspace_momentum
 from jaxopt_suite.optimizers.demo import demo
+from jaxopt_suite.optimizers.diloco import (
+    co2_adamw,
+    diloco_adamw,
+    eager_diloco_adamw,
+    outer_params,
+    savic,
+    streaming_diloco_adamw,
+)
 from jaxopt_suite.optimizers.grams import grams
 from jaxopt_suite.optimizers.int8_mean import adamw_int8
 from jaxopt_suite.optimizers.onebit_adam import onebit_adam
@@ -49,6 +57,7 @@ class Recipe:
       state_elements: the same as a function ``(m, n, **hyperparameters)``.
       peer: whether it is somebody else's, listed as a baseline.
       communicates: whether it calls collectives; such a factory has an argument ``axis_name``.
+      apart: whether workers' parameters differ between its synchronisations.
       wire: what a worker sends per step for an m-by-n matrix, in bytes; N workers.
       schedule: the learning-rate schedule it is meant for: ``"cosine"`` or ``"constant"``, both
         after a linear warm-up.
@@ -65,6 +74,7 @@ class Recipe:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peer: bool = False
     communicates: bool = False
+    apart: bool = False
     wire: str = "nothing"
     schedule: str = "cosine"
     eval_params: Callable[[Any, Any], Any] | None = None
@@ -156,6 +166,10 @@ def _galore_elements(m: int, n: int, *, rank: int = 128, **_: Any) -> int:
     a, b = min(m, n), max(m, n)
     r = min(rank, a)
     return 2 * r * a + r * b
+
+
+def _outer_loop_elements(m: int, n: int, *, outer_momentum: float | None = 0.9, **_: Any) -> int:
+    return (3 if outer_momentum is None else 4) * m * n
 
 
 def _hidden_matrices(params: optax.Params) -> Any:
@@ -307,6 +321,85 @@ def _communicating() -> list[Recipe]:
     ]
 
 
+def _apart() -> list[Recipe]:
+    """Those with an outer loop: AdamW inside, of which a worker has its own."""
+    apart = functools.partial(Recipe, communicates=True, apart=True, eval_params=outer_params)
+    return [
+        apart(
+            name="diloco",
+            factory=diloco_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "DiLoCo: Distributed Low-Communication Training of Language Models",
+                "2311.08105",
+                2023,
+            ),
+            state_formula="4mn",
+            state_elements=_outer_loop_elements,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="streaming_diloco",
+            factory=streaming_diloco_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "Streaming DiLoCo with overlapping communication: Towards a Distributed Free Lunch",
+                "2501.18512",
+                2025,
+            ),
+            state_formula="4mn",
+            state_elements=_outer_loop_elements,
+            wire="9mn/8 (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="local_adamw",
+            factory=diloco_adamw,
+            learning_rate=0.004,
+            defaults={"outer_learning_rate": 1.0, "outer_momentum": None},
+            paper=Paper("Local SGD Converges Fast and Communicates Little", "1805.09767", 2018),
+            state_formula="3mn",
+            state_elements=_outer_loop_elements,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="eager_diloco",
+            factory=eager_diloco_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "Eager Updates For Overlapped Communication and Computation in DiLoCo",
+                "2502.12996",
+                2025,
+            ),
+            state_formula="5mn",
+            state_elements=lambda m, n, **_: 5 * m * n,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="co2",
+            factory=co2_adamw,
+            learning_rate=0.004,
+            paper=Paper(
+                "CO2: Efficient Distributed Training with Full Communication-Computation Overlap",
+                "2401.16265",
+                2024,
+            ),
+            state_formula="5mn",
+            state_elements=lambda m, n, **_: 5 * m * n,
+            wire="8mn (N-1)/N every sync_every steps",
+        ),
+        apart(
+            name="savic",
+            factory=savic,
+            learning_rate=0.002,
+            defaults={"sync_every": 50},
+            paper=Paper("Local Methods with Adaptivity via Scaling", "2406.00846", 2024),
+            state_formula="2mn",
+            state_elements=lambda m, n, **_: 2 * m * n,
+            wire="16mn (N-1)/N every sync_every steps",
+        ),
+    ]
+
+
 def _peers() -> list[Recipe]:
     peer = functools.partial(Recipe, peer=True)
     return [
@@ -387,4 +480,4 @@ def _peers() -> list[Recipe]:
 
 def registry() -> dict[str, Recipe]:
     """Every public recipe by name: ours, those of them that communicate last, then the peers."""
-    return {recipe.name: recipe for recipe in [*_ours(), *_communicating(), *_peers()]}
+    return {recipe.name: recipe for recipe in [*_ours(), *_communicating(), *_apart(), *_peers()]}

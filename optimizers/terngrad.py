@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import bound_axis_size
 from jaxopt_suite.optimizers import _common
+from jaxopt_suite.optimizers._shards import Path, keys_of_parts, layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.exchange import mean_of_buffer
 from jaxopt_suite.optimizers.compression.mean import DenseRule, default_dense
 from jaxopt_suite.optimizers.compression.packing import Width, pack, unpack
-from jaxopt_suite.optimizers.compression.shards import Path, keys_of_parts, layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression.signs import (
     pack_ternary,
     ternary,

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_suite.core.checks import check_int
-from jaxopt_suite.core.varying import vary
 from jaxopt_suite.parallel.arguments import (
     batch_shards,
     check_axes,
@@ -20,18 +20,17 @@ from jaxopt_suite.parallel.arguments import (
 )
 from jaxopt_suite.parallel.gradients import loss_and_gradient
 from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
+from jaxopt_suite.parallel.metrics import Metrics, measure
 from jaxopt_suite.parallel.offload import to_device, to_host
 from jaxopt_suite.parallel.placing import constrain, place
 from jaxopt_suite.parallel.workers import map_workers
 
 
-class Metrics(NamedTuple):
-    """What a step reports; with workers: the mean loss, root mean squares of the workers' norms."""
+class _Steps(NamedTuple):
+    """The compiled functions of one layout."""
 
-    loss: jax.Array  # (), dtype of the loss; before the update
-    grad_norm: jax.Array  # (), global norm
-    update_norm: jax.Array  # (), global norm
-    finite: jax.Array  # bool (): whether the three above are
+    plain: Any  # (state, batch)
+    weighted: Any  # (state, batch, active)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +50,9 @@ class TrainStep:
     placement: Placement
     batch_spec: PartitionSpec
     accumulate: int
-    _compiled: dict[Any, tuple[Layout, Any]] = dataclasses.field(default_factory=dict, repr=False)
+    _compiled: dict[Any, tuple[Layout, _Steps]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     def init(self, params: Any) -> TrainState:
         """The state before the first step, each part made where it will live.
@@ -79,37 +80,58 @@ class TrainStep:
         given = (params,) if make is None else ()
         return jax.jit(initial, out_shardings=layout.state_shardings)(*given)
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Any, *, active: Any = None
+    ) -> tuple[TrainState, Metrics]:
         """Takes one step. ``state`` is donated: its arrays are gone afterwards.
 
         Args:
           state: from ``init`` or a step of this object, or restored onto its ``abstract_state``.
           batch: the batch of all workers together, a pytree of arrays with the batch as their first
             axis: NumPy arrays (the same on every process) or what ``shard_batch`` gave.
+          active: ``[workers]``, handed to ``tx.update`` as ``active=``, each worker its own: the
+            weights of an outer loop, 0 for one that is absent. Workers of weight 0 are in no
+            metric. None: the transformation is not given any, and the step is another program.
 
         Returns:
           The new state and the metrics.
 
         Raises:
-          ValueError: if the state has another structure than ``init`` gave, or the batch does not
-            divide among devices and micro-batches.
+          ValueError: if the state has another structure than ``init`` gave, the batch does not
+            divide among devices and micro-batches, or ``active`` is not one number a worker.
         """
-        return self._of_state(state)(state, self.shard_batch(batch))
+        steps, batch = self._of_state(state), self.shard_batch(batch)
+        if active is None:
+            return steps.plain(state, batch)
+        if not isinstance(active, jax.Array):
+            active = np.asarray(active, np.float32)
+        self._check_active(active.shape)
+        own = self._of_workers()
+        return steps.weighted(state, batch, active if own is None else place(active, own))
 
-    def lower(self, params_like: Any, batch_like: Any) -> jax.stages.Lowered:
+    def lower(
+        self, params_like: Any, batch_like: Any, *, active: bool = False
+    ) -> jax.stages.Lowered:
         """The step lowered for these shapes. Allocates nothing; the devices need not exist.
 
         Args:
           params_like: one worker's parameters, or their shapes and dtypes.
           batch_like: a batch, or its shapes and dtypes.
+          active: whether it is the step that is given ``active``.
         """
         self.check_batch(batch_like)
-        layout, step = self._prepare(params_like)
+        layout, steps = self._prepare(params_like)
         sharding = self.batch_sharding
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch_like
         )
-        return step.lower(layout.abstract_state, batch)
+        if not active:
+            return steps.plain.lower(layout.abstract_state, batch)
+        self._check_active((self.placement.workers,))
+        weights = jax.ShapeDtypeStruct(
+            (self.placement.workers,), jnp.float32, sharding=self._of_workers()
+        )
+        return steps.weighted.lower(layout.abstract_state, batch, weights)
 
     def abstract_state(self, params_like: Any) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored onto."""
@@ -159,22 +181,35 @@ class TrainStep:
         """How every leaf of a batch is laid out; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.batch_spec)
 
-    def _prepare(self, params_like: Any) -> tuple[Layout, Any]:
-        """The layout and the compiled step for parameters of these shapes and dtypes."""
+    def _check_active(self, shape: tuple[int, ...]) -> None:
+        if self.placement.worker_axis is None or shape != (self.placement.workers,):
+            axis, workers = self.placement.worker_axis, self.placement.workers
+            raise ValueError(
+                f"active must be one number for each of {workers} workers of worker_axis={axis!r}, "
+                f"got shape {shape}"
+            )
+
+    def _prepare(self, params_like: Any) -> tuple[Layout, _Steps]:
+        """The layout and the compiled steps for parameters of these shapes and dtypes."""
         key = _signature(params_like)
         if key not in self._compiled:
             layout = self.placement.layout(self.tx, params_like)
-            shardings = layout.state_shardings
-            step = jax.jit(
-                functools.partial(self._step, layout),
-                in_shardings=(shardings, self.batch_sharding),
-                out_shardings=(shardings, self._replicated()),
-                donate_argnums=0,
-                compiler_options=self._compiler_options(),
+            inputs = layout.state_shardings, self.batch_sharding
+            steps = _Steps(
+                self._jitted(layout, inputs), self._jitted(layout, (*inputs, self._of_workers()))
             )
             structure = jax.tree.structure(layout.abstract_state)
-            self._compiled[key] = self._compiled[structure] = layout, step
+            self._compiled[key] = self._compiled[structure] = layout, steps
         return self._compiled[key]
+
+    def _jitted(self, layout: Layout, in_shardings: tuple[Any, ...]) -> Any:
+        return jax.jit(
+            functools.partial(self._step, layout),
+            in_shardings=in_shardings,
+            out_shardings=(layout.state_shardings, self._replicated()),
+            donate_argnums=0,
+            compiler_options=self._compiler_options(),
+        )
 
     def _compiler_options(self) -> dict[str, str] | None:
         """Keeps XLA for TPUs from making all-reduces, which send twice as much, of small gathers.
@@ -186,7 +221,7 @@ class TrainStep:
             return None
         return {"xla_tpu_prefer_async_allgather_to_allreduce": "true"}
 
-    def _of_state(self, state: TrainState) -> Any:
+    def _of_state(self, state: TrainState) -> _Steps:
         found = self._compiled.get(jax.tree.structure(state))
         if found is None:
             raise ValueError(
@@ -198,6 +233,12 @@ class TrainStep:
     def _replicated(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
+    def _of_workers(self) -> NamedSharding | None:
+        """How one number for each worker lies."""
+        if self.mesh is None or self.placement.worker_axis is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(self.placement.worker_axis))
+
     # What is compiled.
 
     def _initial(self, layout: Layout, params: Any) -> TrainState:
@@ -206,17 +247,21 @@ class TrainStep:
             params
         )
 
-    def _step(self, layout: Layout, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def _step(
+        self, layout: Layout, state: TrainState, batch: Any, *active: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         if layout.device_state is not None:
             state = state._replace(opt_state=to_device(state.opt_state, layout.device_state))
         if self.placement.worker_axis is not None:
             workers = self.placement.workers
             batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch)
         one = self._per_worker(
-            functools.partial(self._one_worker, layout), (layout.axes, 0), (layout.axes, None)
+            functools.partial(self._one_worker, layout),
+            (layout.axes, 0, *(0 for _ in active)),
+            (layout.axes, None),
         )
         shardings = layout.state_shardings, self._replicated()
-        state, metrics = self._on_mesh(one, shardings)(state, batch)
+        state, metrics = self._on_mesh(one, shardings)(state, batch, *active)
         if layout.device_state is not None:
             at_rest = jax.tree.map(lambda x: x.sharding, layout.abstract_state.opt_state)
             state = state._replace(opt_state=to_host(state.opt_state, at_rest))
@@ -262,7 +307,7 @@ class TrainStep:
         return mapped
 
     def _one_worker(
-        self, layout: Layout, state: TrainState, batch: Any
+        self, layout: Layout, state: TrainState, batch: Any, active: jax.Array | None = None
     ) -> tuple[TrainState, Metrics]:
         axis = self.placement.worker_axis
         with jax.named_scope("gradients"):
@@ -273,22 +318,13 @@ class TrainStep:
             # With ZeRO axes each device updates its part of the parameters, and only then are they
             # put together again.
             at = state._replace(params=constrain(state.params, layout.update_specs))
-            extra = {} if axis is None else {"param_specs": layout.update_specs}
+            meshless = self.mesh is None and axis is None
+            extra = {} if meshless else {"param_specs": layout.update_specs}
+            extra |= {} if active is None else {"active": active}
             updates, state = apply(self.tx, grads, at, **extra)
             state = state._replace(params=constrain(state.params, layout.param_specs))
         with jax.named_scope("metrics"):
-            return state, self._metrics(loss, grads, updates)
-
-    def _metrics(self, loss: jax.Array, grads: Any, updates: Any) -> Metrics:
-        squares = [optax.tree.norm(tree, squared=True) for tree in (grads, updates)]
-        axis = self.placement.worker_axis
-        if axis is not None:
-            # The one thing besides the optimizer's own that crosses between workers.
-            local = jnp.stack([x.astype(loss.dtype) for x in (loss, *squares)])
-            loss, *squares = jax.lax.pmean(vary(local, axis), axis)
-        grad_norm, update_norm = (jnp.sqrt(x) for x in squares)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        return Metrics(loss, grad_norm, update_norm, finite)
+            return state, measure(loss, grads, updates, axis_name=axis, active=active)
 
 
 def make_train_step(
@@ -311,9 +347,10 @@ def make_train_step(
     device: XLA's partitioner puts in the communication, and ``tx`` sees the mean gradient. With
     it, each worker takes the gradient of its own part of the batch and ``tx`` is what communicates
     (``jax.lax`` collectives over ``worker_axis``); the other axes stay automatic, so ``tx`` sees
-    whole tensors. ``tx`` is then given ``param_specs=``, the PartitionSpec of every update over
-    those other axes (None without a mesh), for links that want to work on what a device really
-    holds. ``tx.init`` runs outside of the axis: what differs between workers is made by updates.
+    whole tensors. With a mesh, or workers, ``tx`` is given ``param_specs=``, the PartitionSpec of
+    every update over the axes that are automatic (None without a mesh), for links that want to work
+    on what a device really holds. ``tx.init`` runs outside of the workers' axis: what differs
+    between workers is made by updates.
 
     Args:
       loss_fn: ``(params, batch) -> loss``, a scalar: the mean over the batch.

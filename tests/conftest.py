@@ -1,7 +1,10 @@
 """What every test runs under: the CPU, eight devices, no silent rank promotion, fixed examples."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import hypothesis
 
@@ -18,6 +21,16 @@ os.environ.setdefault(
 )
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads fight those of the workers
 os.environ["PYTHONPATH"] = str(ROOT)  # child processes import the checkout, as the tests do
+
+# What one test has compiled, no other test, worker or child process of this run compiles again. The
+# folder is the run's own, so that no run depends on another. Names and line numbers are part of a
+# key: a test that reads a program's text reads its own.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxopt-suite-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402
 

@@ -5,6 +5,7 @@ follow.
 ``recipes``: collectives of the recipes in such programs.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
+``utilisation``: the bandwidth that a share of computing needs, beside published figures.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import _results
-from benchmarks.communication import overhead, recipes, task, wire_bytes
+from benchmarks.communication import overhead, recipes, task, utilisation, wire_bytes
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.parallel.topologies import SETTINGS
 
@@ -25,6 +26,7 @@ PARTS: dict[str, tuple[str, Callable[..., Iterator[Row]], Callable[[list[Row]], 
     "recipes": ("recipe_collectives.json", recipes.measure, recipes.kept),
     "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
     "task": ("communication_task.json", task.measure, task.kept),
+    "utilisation": ("utilisation.json", utilisation.measure, utilisation.kept),
 }
 
 

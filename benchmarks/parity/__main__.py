@@ -11,6 +11,7 @@ from benchmarks.parity import (
     adam_snsm,
     compare,
     demo,
+    diloco,
     grams,
     onebit_adam,
     powersgd,
@@ -37,6 +38,7 @@ METHODS = {
         roots,
         shampoo,
         soap,
+        diloco,
     )
 }
 RESULTS = _results.RESULTS / "parity.json"

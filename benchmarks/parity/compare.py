@@ -13,7 +13,7 @@ Everything is float32, as the official code would run, unless a case has gradien
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,6 +127,8 @@ class Method:
       packages: distributions the official code needs, PyTorch included.
       build: the imported official code -> cases and departures; see ``reference.load``.
       module: the file to import, relative to the root.
+      stand_ins: modules that the file imports and that need not run, with the names it takes from
+        each: empty ones are put in their places while it is imported.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Method:
     packages: tuple[str, ...]
     module: str
     build: Callable[[Any], tuple[list[Case], list[Departure]]]
+    stand_ins: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import io
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import _results
@@ -69,9 +70,23 @@ def load(method: Method, path: pathlib.Path) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"--reference {path}: cannot import {method.module}")
     module = importlib.util.module_from_spec(spec)
-    with _importing_from(path), quiet():
+    with _importing_from(path), _standing_in(method.stand_ins), quiet():
         spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _standing_in(names: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Empty modules with empty classes, which go again; what else is imported meanwhile stays."""
+    for name, classes in names.items():
+        sys.modules[name] = types.ModuleType(name)
+        for each in classes:
+            setattr(sys.modules[name], each, type(each, (), {}))
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ from jaxopt_suite.core.checks import (
 from jaxopt_suite.core.linalg import batch_factorisation
 from jaxopt_suite.core.prng import leaf_keys
 from jaxopt_suite.core.trees import accumulator_dtype, batch_by_shape, map_unzip, tree_bytes
-from jaxopt_suite.core.varying import vary, varying_axes
+from jaxopt_suite.core.varying import alike, vary, varying_axes
 
 __all__ = [
     "accumulator_dtype",
+    "alike",
     "batch_by_shape",
     "batch_factorisation",
     "check_choice",

@@ -5,6 +5,7 @@ is the same on all of them (invariant). Scan carries, the branches of a conditio
 of a collective must agree in this. Under ``vmap`` and outside of both there are no such types.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,3 +36,34 @@ def vary(tree: Any, axis_names: str | tuple[str, ...]) -> Any:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+def alike(branches: Sequence[Callable[..., Any]], *operands: Any) -> list[Callable[..., Any]]:
+    """The branches of a conditional, with results of one type: varying where any of theirs is.
+
+    ``jax.lax.cond`` and ``jax.lax.switch`` do not cast a value that is equal on all devices in one
+    branch and differs between them in another.
+
+    Args:
+      branches: functions of the operands, whose results have one structure.
+      *operands: what they will be called with.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return list(branches)  # no types: all are alike, and a trace is saved
+    rows: list[list[frozenset[str]]] = []
+    for branch in branches:
+        # Noted while it is traced: what eval_shape returns does not tell types on every mesh.
+        note = lambda *args, branch=branch: rows.append(
+            [varying_axes(x) for x in jax.tree.leaves(branch(*args))]
+        )
+        jax.eval_shape(note, *operands)
+    axes = [tuple(frozenset().union(*column)) for column in zip(*rows, strict=True)]
+
+    def cast(branch: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            leaves, structure = jax.tree.flatten(branch(*args))
+            return structure.unflatten([vary(x, a) for x, a in zip(leaves, axes, strict=True)])
+
+        return run
+
+    return [cast(branch) for branch in branches]

@@ -15,6 +15,7 @@ from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.compress import compressed
 from jaxopt_suite.experiments.config import LayoutConfig, refuse
+from jaxopt_suite.optimizers.diloco import mean_over_workers
 from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.parallel.meshes import make_mesh, parse_mesh
 from jaxopt_suite.parallel.train_step import TrainStep, make_train_step
@@ -98,6 +99,20 @@ def provide_cpu_devices(config: LayoutConfig) -> None:
         jax.config.update("jax_num_cpu_devices", math.prod(sizes.values()))
 
 
+def of_layout(recipe: Recipe, config: LayoutConfig) -> dict[str, Any]:
+    """What the layout says to ``recipe.make``, before ``--set`` is asked.
+
+    The axis name, and the number of devices that stacks of blocks are to be spread over.
+
+    Raises:
+      UserError: as ``axis_of``.
+    """
+    sizes = mesh_sizes(config) or {}
+    devices = math.prod(size for axis, size in sizes.items() if axis != WORKER_AXIS)
+    stacks = "stack_multiple" in recipe.hyperparameters()
+    return axis_of(recipe, config) | ({"stack_multiple": devices} if stacks else {})
+
+
 def axis_of(recipe: Recipe, config: LayoutConfig) -> dict[str, str]:
     """The axis name that ``recipe.make`` takes if the optimizer communicates.
 
@@ -163,7 +178,7 @@ def assemble_step(
         # was left out before would still hold the gradient at its full size.
         first = optax.chain(first, compressed(config, worker_axis))
     elif worker_axis is not None and not communicates:
-        mean = mean_over(worker_axis)
+        mean = mean_over_workers(worker_axis)
         if watched is not None:
             mean = noise_scale(mean, axis_name=worker_axis, batch_size=watched // workers)
         first = optax.chain(mean, first)
@@ -180,8 +195,3 @@ def assemble_step(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def mean_over(axis_name: str) -> optax.GradientTransformation:
-    """The mean of all workers' updates, uncompressed."""
-    return optax.stateless(lambda updates, params: jax.lax.pmean(updates, axis_name))

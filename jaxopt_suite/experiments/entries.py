@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxopt_suite.core.errors import UserError
-from jaxopt_suite.experiments.assembly import axis_of
+from jaxopt_suite.experiments.assembly import of_layout
 from jaxopt_suite.experiments.config import CompareConfig, parse_settings
 from jaxopt_suite.experiments.table import Rate
 from jaxopt_suite.optimizers.registry import Recipe, registry
@@ -65,9 +65,9 @@ def _entry(recipe: Recipe, settings: Mapping[str, Any], config: CompareConfig) -
     own = {n.removeprefix(prefix): v for n, v in settings.items() if n.startswith(prefix)}
     chosen = general | own
     rate = _rate(recipe, chosen.pop("learning_rate", None))
-    axis = axis_of(recipe, config)
+    layout = of_layout(recipe, config)
     try:
-        recipe.make(rate.value, **axis, **chosen)
+        recipe.make(rate.value, **layout | chosen)
     except (TypeError, ValueError) as error:
         raise UserError(f"--set: {recipe.name}: {error}") from error
     return Entry(recipe, chosen, rate)

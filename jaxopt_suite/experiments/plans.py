@@ -12,9 +12,9 @@ from jaxopt_suite.experiments import model
 from jaxopt_suite.experiments.assembly import (
     abstract_model,
     assemble_step,
-    axis_of,
     find_preset,
     mesh_sizes,
+    of_layout,
 )
 from jaxopt_suite.experiments.config import CompareConfig
 from jaxopt_suite.experiments.entries import Entry, entries
@@ -80,8 +80,8 @@ def _entries(config: PlanConfig) -> list[Entry]:
 def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, int]) -> Plan:
     sizes = find_preset(config.preset)
     graphdef, params = abstract_model(sizes, config)
-    axis = axis_of(entry.recipe, config)
-    optimizer = entry.recipe.make(entry.rate.value, **axis, **entry.settings)
+    layout = of_layout(entry.recipe, config)
+    optimizer = entry.recipe.make(entry.rate.value, **layout | entry.settings)
 
     def make_step(mesh: Mesh) -> TrainStep:
         return assemble_step(

@@ -21,7 +21,8 @@ from jaxopt_suite.optimizers.registry import Recipe, registry
 from jaxopt_suite.parallel import wire
 from jaxopt_suite.parallel.layout import TrainState
 from jaxopt_suite.parallel.meshes import format_mesh
-from jaxopt_suite.parallel.train_step import Metrics, TrainStep
+from jaxopt_suite.parallel.metrics import Metrics
+from jaxopt_suite.parallel.train_step import TrainStep
 from jaxopt_suite.parallel.workers import map_axes
 
 __all__ = ["Metrics", "Program", "TrainState", "build_program", "find_recipe"]
@@ -181,12 +182,12 @@ def build_program(
     schedule = learning_rate_schedule(
         recipe.schedule, peak, steps=config.steps, warmup_fraction=config.warmup_fraction
     )
-    axis = assembly.axis_of(recipe, config)
+    layout = assembly.of_layout(recipe, config)
     with _blaming_settings(config):
         return _assemble(
             config,
             sizes,
-            recipe.make(schedule, **axis, **settings),
+            recipe.make(schedule, **layout | settings),
             hyperparameters={**recipe.defaults, **settings},
             peak=peak,
             schedule=schedule,

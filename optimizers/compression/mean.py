@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import any_worker, bound_axis_size
+from jaxopt_suite.optimizers._shards import Path, keys_of_parts, layout_of, run_on_shards
 from jaxopt_suite.optimizers.compression import feedback as feedbacks
 from jaxopt_suite.optimizers.compression.compressor import Compressor
 from jaxopt_suite.optimizers.compression.exchange import (
@@ -27,7 +28,6 @@ from jaxopt_suite.optimizers.compression.powersgd_rounds import (
     factor_shape,
     factor_spec,
 )
-from jaxopt_suite.optimizers.compression.shards import Path, keys_of_parts, layout_of, run_on_shards
 
 DenseRule = Callable[[Path, Any], bool]
 
@@ -111,6 +111,13 @@ def compressed_mean(
     matrices are cut in two differ by 0.06 % with int8 in two phases, 0.6 % with signs, 1.4 % with a
     tenth of the entries, 6 % with ternary numbers, which are drawn anew. A leaf that is whole on
     several devices is sent by each of them.
+
+    **Weights.** An outer loop's updates come with ``weight=`` (float32 ``[]``), by which they have
+    been multiplied: this worker's relative to the mean of all, so that their plain mean is the
+    weighted one. A worker of weight 0 sends zeros and remembers what it did before (in two phases
+    the error of the piece it owns is then nobody's). Rules with an estimate are about updates
+    without weights: there those present are added as they are, and the estimates of those absent
+    stay in the mean, as in EF21 with partial participation (Fatkhullin et al., arXiv:2110.03294).
 
     **Non-finite numbers.** If a message, or what it or the mean is decoded to, is not finite on any
     worker, then that step's update is NaN in every leaf on every worker, as the dense mean would be
@@ -226,6 +233,7 @@ class _Link:
         params: optax.Params | None = None,
         *,
         param_specs: Any = None,
+        weight: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, CompressedMeanState]:
         del params, extra_args
@@ -241,7 +249,8 @@ class _Link:
         dense = [self.is_dense(path, x) for path, x in with_paths]
         step = functools.partial(self.step, paths, dense, specs, axes)
         if leaves:
-            args, layouts = (leaves, state.count), (laid_out, PartitionSpec())
+            args = leaves, state.count, weight
+            layouts = laid_out, PartitionSpec(), PartitionSpec()
             leaves = run_on_shards(step, args, layouts, like=0, axes=axes)
 
         columns = list(zip(*leaves, strict=True)) or [()] * len(_Leaf._fields)
@@ -261,13 +270,18 @@ class _Link:
         axes: tuple[str, ...],
         leaves: Sequence[_Leaf],
         count: jax.Array,
+        weight: jax.Array | None,
     ) -> list[_Leaf]:
         """The update of what one device holds of every leaf."""
         unneeded = feedbacks.none() if self.feedback.exact else self.feedback
         rules = [unneeded if is_dense else self.feedback for is_dense in dense]
         inputs = [core.vary(leaf.x.astype(jnp.float32), self.axis_name) for leaf in leaves]
+        if weight is not None:
+            own = jnp.where(weight > 0, weight, 1.0)
+            inputs = [x / own if rule.shared else x for rule, x in zip(rules, inputs, strict=True)]
         messages = [
-            rule.message(x, leaf.local) for rule, x, leaf in zip(rules, inputs, leaves, strict=True)
+            _if_present(weight, rule.message(x, leaf.local), jnp.zeros_like(x))
+            for rule, x, leaf in zip(rules, inputs, leaves, strict=True)
         ]
         if self.by_factors:
             old = [leaf.factors for leaf in leaves]
@@ -285,7 +299,8 @@ class _Link:
         rows = zip(rules, inputs, leaves, *done, factors, strict=True)
         for rule, x, leaf, mean, sent, factor in rows:
             update, shared = rule.result(mean, leaf.shared)
-            memory = rule.settle(x, leaf.local, sent), shared, factor
+            local = _if_present(weight, rule.settle(x, leaf.local, sent), leaf.local)
+            memory = local, shared, factor
             memory = jax.tree.map(functools.partial(jnp.where, bad), tuple(leaf[1:]), memory)
             result.append(_Leaf(jnp.where(bad, jnp.nan, update).astype(leaf.x.dtype), *memory))
         return result
@@ -303,6 +318,13 @@ class _Link:
         own = () if self.compressor.shared_key else (jax.lax.axis_index(self.axis_name),)
         keys = core.leaf_keys(self.seed, paths, count, *own)
         return keys_of_parts(keys, specs)
+
+
+def _if_present(weight: jax.Array | None, present: Any, absent: Any) -> Any:
+    """Which of two trees it is for a worker of this weight; one without any is present."""
+    if weight is None:
+        return present
+    return jax.tree.map(functools.partial(jnp.where, weight > 0), present, absent)
 
 
 def _by_leaf(structure: Any, trees: Sequence[Any]) -> list[tuple[Any, ...]]:

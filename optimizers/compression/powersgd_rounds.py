@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec
 
 from jaxopt_suite import core
 from jaxopt_suite.core.collectives import gather_equal
+from jaxopt_suite.optimizers._shards import axes_of
 from jaxopt_suite.optimizers.compression import low_rank
 from jaxopt_suite.optimizers.compression.compressor import Compressor, Shape
 from jaxopt_suite.optimizers.compression.exchange import Exchanged, mean_of_buffer
-from jaxopt_suite.optimizers.compression.shards import axes_of
 
 
 def exchange_factors(

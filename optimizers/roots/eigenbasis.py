@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_suite import core
+from jaxopt_suite.optimizers.roots.panels import panel_qr
 from jaxopt_suite.optimizers.roots.products import distance_to_identity, product
 from jaxopt_suite.optimizers.roots.spectral import decompose
 from jaxopt_suite.optimizers.roots.stack import (
@@ -112,10 +113,14 @@ def _stepped(a: jax.Array, inside: jax.Array, previous: jax.Array) -> Eigenbasis
     size = jnp.sum(inside, axis=1, keepdims=True).astype(a.dtype)
     shift = size * jnp.finfo(a.dtype).eps  # the largest entry of A is of order one here
     image = product(add_to_diagonal(a, jnp.where(inside, shift, 1)), ordered)
-    factors = core.batch_factorisation(lambda x: tuple(jnp.linalg.qr(x)))
-    vectors, triangle = factors(image)
-    along = jnp.diagonal(triangle, axis1=1, axis2=2)
+    vectors, along = core.batch_factorisation(_orthonormal, tpu=panel_qr)(image)
     return _basis(vectors, values, permutation, along)
+
+
+def _orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Q of ``matrix = QR``, and the diagonal of R."""
+    vectors, triangle = jnp.linalg.qr(matrix)
+    return vectors, jnp.diagonal(triangle)
 
 
 def _sorted_columns(

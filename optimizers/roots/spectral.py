@@ -78,10 +78,23 @@ def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     below = -1 - jnp.max(jnp.sum(jnp.abs(matrices), axis=2), axis=1)
     filled = fill_padding(matrices, inside, below)
-    eigh = core.batch_factorisation(lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)))
+    eigh = core.batch_factorisation(
+        lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), tpu=_jacobi
+    )
     values, vectors = eigh(filled)
     vectors = without_padding(vectors[:, :, ::-1], inside)
     return values[:, ::-1], fill_padding(vectors, inside, jnp.ones_like(below))
+
+
+def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of a batch, by rotations: what JAX takes up to 256 rows on TPUs.
+
+    Beyond that its choice is a recursion, which has no types for a ``shard_map`` and takes minutes
+    to compile.
+    """
+    method = jax.lax.linalg.EighImplementation.JACOBI
+    vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=False, implementation=method)
+    return values, vectors
 
 
 def _residual(

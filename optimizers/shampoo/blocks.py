@@ -83,7 +83,9 @@ class Blocks:
         found: dict[int, dict[Shape, jax.Array]] = {}
         for region in self.regions:
             rows = stacks[name_of(region.block)][region.row : region.row + region.rows]
-            found.setdefault(region.leaf, {})[region.start] = _uncut(rows, region)
+            found.setdefault(region.leaf, {})[region.start] = untiled(
+                rows, region.grid, region.block
+            )
         result = list(leaves)
         for i, pieces in found.items():
             result[i] = _assembled(pieces).reshape(self.shapes[i]).astype(leaves[i].dtype)
@@ -208,24 +210,28 @@ def _segments(size: int, block_size: int) -> list[tuple[int, int, int]]:
     return segments + ([(whole * block_size, 1, rest)] if rest else [])
 
 
-def _cut(leaf: jax.Array, region: Region) -> jax.Array:
-    """``[rows, *block]``."""
-    stop = [s + g * b for s, g, b in zip(region.start, region.grid, region.block, strict=True)]
-    part = jax.lax.slice(leaf, region.start, stop)
-    order = len(region.block)
-    split = [n for pair in zip(region.grid, region.block, strict=True) for n in pair]
+def tiles(x: jax.Array, grid: Shape, block: Shape) -> jax.Array:
+    """An array of ``grid`` whole blocks, as a stack ``[rows, *block]``; the last ones fastest."""
+    order = len(block)
+    split = [n for pair in zip(grid, block, strict=True) for n in pair]
     axes = (*range(0, 2 * order, 2), *range(1, 2 * order, 2))
-    return part.reshape(split).transpose(axes).reshape(region.rows, *region.block)
+    return x.reshape(split).transpose(axes).reshape(-1, *block)
 
 
-def _uncut(rows: jax.Array, region: Region) -> jax.Array:
-    """The inverse of ``_cut``: the region's part of the leaf."""
-    order = len(region.block)
+def untiled(rows: jax.Array, grid: Shape, block: Shape) -> jax.Array:
+    """The inverse of ``tiles``."""
+    order = len(block)
     axes = [
         axis for pair in zip(range(order), range(order, 2 * order), strict=True) for axis in pair
     ]
-    part = rows.reshape(*region.grid, *region.block).transpose(axes)
-    return part.reshape([g * b for g, b in zip(region.grid, region.block, strict=True)])
+    part = rows.reshape(*grid, *block).transpose(axes)
+    return part.reshape([g * b for g, b in zip(grid, block, strict=True)])
+
+
+def _cut(leaf: jax.Array, region: Region) -> jax.Array:
+    """``[rows, *block]``."""
+    stop = [s + g * b for s, g, b in zip(region.start, region.grid, region.block, strict=True)]
+    return tiles(jax.lax.slice(leaf, region.start, stop), region.grid, region.block)
 
 
 def _joined(parts: Sequence[jax.Array], rows: int) -> jax.Array:

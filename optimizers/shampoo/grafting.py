@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_suite.optimizers import _common
-from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Stacks
+from jaxopt_suite.optimizers.shampoo.blocks import Stacks
+from jaxopt_suite.optimizers.shampoo.stacked import Site
 
 Graft = Literal["none", "sgd", "adagrad", "rmsprop", "adam"]
 Scope = Literal["block", "parameter"]
@@ -54,17 +55,17 @@ def direction(
     return blocks / (jnp.sqrt(nu) + jnp.asarray(eps, nu.dtype))
 
 
-def rescaled(updates: Stacks, like: Stacks, blocks: Blocks, scope: Scope) -> Stacks:
+def rescaled(updates: Stacks, like: Stacks, site: Site, scope: Scope) -> Stacks:
     """``updates`` with the lengths (root of the sum of squares) of ``like``; zeros stay zeros.
 
     Args:
       updates: the blocks of a tree.
       like: the same shapes.
-      blocks: how the tree is cut.
+      site: whose the rows are.
       scope: ``"block"``: each block has a length of its own. ``"parameter"``: those of one leaf
         have one together.
     """
-    wanted, found = (_square_lengths(x, blocks, scope) for x in (like, updates))
+    wanted, found = (_square_lengths(x, site, scope) for x in (like, updates))
 
     def one(name: str, update: jax.Array) -> jax.Array:
         nonzero = jnp.where(found[name] > 0, found[name], 1)
@@ -74,15 +75,15 @@ def rescaled(updates: Stacks, like: Stacks, blocks: Blocks, scope: Scope) -> Sta
     return {name: one(name, update) for name, update in updates.items()}
 
 
-def _square_lengths(stacks: Stacks, blocks: Blocks, scope: Scope) -> Stacks:
+def _square_lengths(stacks: Stacks, site: Site, scope: Scope) -> Stacks:
     """For each row of each stack the sum of squares of what it is measured with: ``[rows]``."""
     own = {name: jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for name, x in stacks.items()}
     if scope == "block" or not own:
         return own
     # Padding belongs to nobody; its sums, which are zero, go to a place behind the last leaf.
-    leaves = len(blocks.shapes)
-    owners = {name: blocks.owners(name) % (leaves + 1) for name in own}
-    total = jnp.zeros(leaves + 1, next(iter(own.values())).dtype)
+    owners = {name: site.owners[name] % (site.leaves + 1) for name in own}
+    total = jnp.zeros(site.leaves + 1, next(iter(own.values())).dtype)
     for name, sums in own.items():
         total = total.at[owners[name]].add(sums)
+    total = site.total(total)
     return {name: total[owners[name]] for name in own}

@@ -45,6 +45,10 @@ class Refresh:
             return jax.lax.cond(due, work, lambda same: same, stacks)
         return self._one_slot(work, stacks, count)
 
+    def for_part(self, devices: int) -> "Refresh":
+        """The same for the rows of one of so many devices."""
+        return dataclasses.replace(self, multiple=self.multiple // devices)
+
     def _one_slot(self, work: Work, stacks: dict[str, Any], count: jax.Array) -> dict[str, Any]:
         """Step t refreshes slot t mod K of every stack, so that all had their turn by step K.
 
@@ -52,7 +56,7 @@ class Refresh:
         before it ended, so that the empty slots of all do not fall on one step.
         """
         result, used = dict(stacks), 0
-        for name, stack in stacks.items():
+        for name, stack in sorted(stacks.items()):
             rows = len(jax.tree.leaves(stack)[0]) // self.multiple
             width = -(-rows // self.every)
             slots = -(-rows // width)

@@ -9,8 +9,8 @@ import optax
 
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
-from jaxopt_suite.optimizers.shampoo import grafting
-from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Cutting, Stacks, usable, where_rows, wide
+from jaxopt_suite.optimizers.shampoo import grafting, stacked
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
 from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker, Preconditioner
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh
 
@@ -26,7 +26,7 @@ class ScaleByShampooState(NamedTuple):
     trace: Stacks | None  # mu_dtype or wide [rows, *block]: momentum; None if that is 0
     nu: Stacks | None  # wide [rows, *block]: moment of the grafted method; None if it has none
     preconditioners: dict[str, Preconditioner]  # statistics [rows, di, di], their roots, failures
-    skipped: dict[str, jax.Array]  # int32 [rows]: steps whose gradient could not be used
+    skipped: dict[str, jax.Array]  # int32 [rows, 1]: steps whose gradient could not be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Shampoo:
                 name: self.preconditioner.init(rows, blocks.shape(name)[1:], dtype)
                 for name, rows in blocks.rows.items()
             },
-            skipped={name: jnp.zeros(rows, jnp.int32) for name, rows in blocks.rows.items()},
+            skipped={name: jnp.zeros((rows, 1), jnp.int32) for name, rows in blocks.rows.items()},
         )
 
     def update(
@@ -71,29 +71,34 @@ class Shampoo:
         updates: optax.Updates,
         state: ScaleByShampooState,
         params: optax.Params | None = None,
+        *,
+        param_specs: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByShampooState]:
         """One step: gradients in, directions out."""
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates)
-        blocks, dtype = self.cutting.blocks(updates), wide(updates)
-        gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
+        return stacked.run(self._on_stacks, self.cutting, updates, state, param_specs)
+
+    def _on_stacks(
+        self, given: Stacks, state: ScaleByShampooState, site: stacked.Site
+    ) -> tuple[Stacks, ScaleByShampooState]:
+        gradients, in_use = usable(given)
         count = optax.safe_increment(state.count)
 
         parts = {
             name: self.preconditioner.observe(state.preconditioners[name], g)
             for name, g in gradients.items()
         }
-        parts = self.refresh.run(self.preconditioner.refresh, parts, count)
+        refresh = self.refresh.for_part(site.devices)
+        parts = refresh.run(self.preconditioner.refresh, parts, count)
         mu, mean = self._mean(state.mu, gradients, count)
         nu = self._moment(state.nu, gradients)
-        directions = self._directions(parts, mean, nu, blocks, count)
+        directions = self._directions(parts, mean, nu, site, count)
         trace, directions = self._with_momentum(state.trace, directions)
 
         directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
-        skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
-        new_state = ScaleByShampooState(count, mu, trace, nu, parts, skipped)
-        return structure.unflatten(blocks.unstack(directions, leaves)), new_state
+        skipped = {name: n + ~in_use[name][:, None] for name, n in state.skipped.items()}
+        return directions, ScaleByShampooState(count, mu, trace, nu, parts, skipped)
 
     def _mean(
         self, mu: Stacks | None, gradients: Stacks, count: jax.Array
@@ -119,7 +124,7 @@ class Shampoo:
         parts: dict[str, Preconditioner],
         mean: Stacks,
         nu: Stacks | None,
-        blocks: Blocks,
+        site: stacked.Site,
         count: jax.Array,
     ) -> Stacks:
         """Preconditioned, with the grafted method's lengths; before the start that method's."""
@@ -131,7 +136,7 @@ class Shampoo:
         }
         found = {name: self.preconditioner.apply(parts[name], x) for name, x in mean.items()}
         if self.graft != "none":
-            found = grafting.rescaled(found, grafted, blocks, self.graft_scope)
+            found = grafting.rescaled(found, grafted, site, self.graft_scope)
         started = count >= self.refresh.start
         return {name: jnp.where(started, x, grafted[name]) for name, x in found.items()}
 

@@ -82,9 +82,20 @@ def scale_by_shampoo(
     **Stacks.** All blocks of one shape, of whatever parameter, lie in one array ``[rows, *block]``,
     and so do their moments and statistics: the program grows with the number of block shapes. The
     rows are independent, so ``parallel.state_specs`` spreads them over all devices of a mesh;
-    ``stack_multiple``, the number of devices, pads the stacks so that it divides them. Each device
-    then takes the roots of its own rows. What has to move are gradients to the rows' owners, and
-    directions back.
+    ``stack_multiple``, a multiple of the number of devices, pads the stacks so that it divides
+    them. Each device then takes the roots of its own rows.
+
+    **What crosses a mesh**, if ``update`` is given ``param_specs=`` (``make_train_step`` does so):
+    each device's part of a gradient goes to the owners of the blocks that it overlaps, in one
+    all-to-all over the axes that split the parameter, in its own dtype; directions come back in
+    another, and are all-gathered over the axes that hold copies of it. For a parameter of N entries
+    split over all of D devices that is about N / D entries each way; for one that every device has
+    whole, nothing there, and N entries back. The state never moves, nor is a gradient put together
+    anywhere. Buffers have as many cells for every pair of devices as the busiest one needs: small
+    blocks fill them better. A dimension that the mesh cuts into parts with which no divisor near a
+    block's length goes is gathered along its axes. Without ``param_specs``, or where
+    ``stack_multiple`` is no multiple of the devices, cutting is left to the compiler's partitioner,
+    which gathers.
 
     Memory, for an m-by-n matrix with whole blocks of b: 4mn floats of statistics and roots,
     whatever b; mn each for ``b1``, ``momentum`` and the moment of AdaGrad, RMSProp or Adam. A block

@@ -9,7 +9,7 @@ import optax
 
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
-from jaxopt_suite.optimizers.shampoo import kronecker
+from jaxopt_suite.optimizers.shampoo import kronecker, stacked
 from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
 from jaxopt_suite.optimizers.shampoo.eigenbases import Bases, Method, Rotated
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh, Schedule, make_refresh
@@ -26,7 +26,7 @@ class ScaleBySoapState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # int32 []: gradients seen so far
     rotated: dict[str, Rotated]  # moments [rows, *block]; statistics and bases [rows, di, di]
-    skipped: dict[str, jax.Array]  # int32 [rows]: steps whose gradient could not be used
+    skipped: dict[str, jax.Array]  # int32 [rows, 1]: steps whose gradient could not be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Soap:
                 name: self.bases.init(blocks.shape(name), dtype, self.mu_dtype or dtype)
                 for name in blocks.rows
             },
-            skipped={name: jnp.zeros(rows, jnp.int32) for name, rows in blocks.rows.items()},
+            skipped={name: jnp.zeros((rows, 1), jnp.int32) for name, rows in blocks.rows.items()},
         )
 
     def update(
@@ -61,12 +61,17 @@ class _Soap:
         updates: optax.Updates,
         state: ScaleBySoapState,
         params: optax.Params | None = None,
+        *,
+        param_specs: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates)
-        blocks, dtype = self.cutting.blocks(updates), wide(updates)
-        gradients, in_use = usable(blocks.stack([x.astype(dtype) for x in leaves]))
+        return stacked.run(self._on_stacks, self.cutting, updates, state, param_specs)
+
+    def _on_stacks(
+        self, given: Stacks, state: ScaleBySoapState, site: stacked.Site
+    ) -> tuple[Stacks, ScaleBySoapState]:
+        gradients, in_use = usable(given)
         count = optax.safe_increment(state.count)
         first = count == 1
 
@@ -78,12 +83,11 @@ class _Soap:
         directions, parts = self._adam(parts, gradients, steps)
         parts = self._observe(parts, gradients, ~first)
         again = lambda due: self.bases.refresh(due, method=self.method)
-        parts = self.refresh.run(again, parts, steps)
+        parts = self.refresh.for_part(site.devices).run(again, parts, steps)
 
         directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
-        skipped = {name: n + ~in_use[name] for name, n in state.skipped.items()}
-        new_state = ScaleBySoapState(count, parts, skipped)
-        return structure.unflatten(blocks.unstack(directions, leaves)), new_state
+        skipped = {name: n + ~in_use[name][:, None] for name, n in state.skipped.items()}
+        return directions, ScaleBySoapState(count, parts, skipped)
 
     def _observe(
         self, parts: dict[str, Rotated], gradients: Stacks, active: jax.Array

@@ -88,7 +88,7 @@ def test_three_kills_change_no_bit_of_any_loss(start, tmp_path):
     rng = random.Random(1)
     undisturbed, killed = RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "killed")
     complete(start(undisturbed.path))
-    # While the step compiles (the record of step 0 is there), then somewhere in each half.
+    # Before the first step (the record of step 0 is there), then somewhere in each half.
     moments = [1, rng.randrange(10, STEPS // 2), rng.randrange(STEPS // 2, STEPS - 10)]
     for moment in moments:
         process = start(killed.path)

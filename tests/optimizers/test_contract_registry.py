@@ -17,6 +17,12 @@ SMALL = {"rank": 2, "refresh_every": 2, "update_proj_gap": 2, "min_dim_size_to_f
 
 # Of those that communicate: every leaf is compressed, and the second of three steps already so.
 COMPRESSED = {"dense": lambda path, leaf: False, "warmup_steps": 1}
+
+# Of those with an outer loop: the second of three steps ends in a synchronisation.
+SYNCHRONISED = {"sync_every": 2, "delay": 0}
+
+# The same loop as another recipe, which runs always.
+VARIANTS = ("streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic")
 AXIS = "worker"
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -68,6 +74,21 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ],
     "powersgd": [{"rank": 0}, {"momentum": 1.0}, {"form": "nag"}, {"warmup_steps": -1}],
     "terngrad": [{"b1": 1.5}, {"eps": -1.0}, {"clip": 0.0}],
+    "diloco": [
+        {"b1": 1.5},
+        {"eps": -1.0},
+        {"weight_decay": -0.5},
+        {"sync_every": 0},
+        {"outer_learning_rate": -1.0},
+        {"outer_momentum": 1.0},
+        {"mean": "int2"},
+        {"rejoin": "copy"},
+    ],
+    "streaming_diloco": [{"fragments": 0}, {"delay": 50}, {"mixing": 1.5}, {"order": "random"}],
+    "local_adamw": [{"sync_every": 0}],
+    "eager_diloco": [{"outer_learning_rate": -1.0}, {"outer_momentum": 1.0}, {"mean": "int2"}],
+    "co2": [{"outer_momentum": 1.0}, {"clip": 0.0}, {"mean": "int2"}],
+    "savic": [{"b2": 1.0}, {"floor": 0.0}, {"rule": "adagrad"}, {"scaling": "none"}],
     "shampoo": [
         {"b1": 1.5},
         {"block_size": 0},
@@ -108,6 +129,13 @@ KNOWN: dict[str, dict[str, str]] = {
     "onebit_adam": {
         "survives_float16_extremes": "frozen at 1e-7, the second moment makes a gradient of 1 huge"
     },
+    "streaming_diloco": {
+        "map_params": "fragments follow from the parameters, in whose place optax puts one object",
+        "weight_decay_is_decoupled": "with a fragment a step, the first is synchronised already",
+    },
+    "co2": {
+        "follows_schedules": "the first synchronisation leads back to the start, whatever the rate"
+    },
     "adamw": _OPTAX | _EPS,
     "lion": _OPTAX,
     "sgd": _OPTAX,
@@ -137,7 +165,7 @@ RTOL = {
 
 def report_of(name: str, points: Iterable[str]) -> testing.ContractReport:
     recipe = optimizers.registry()[name]
-    options = SMALL | COMPRESSED if recipe.communicates else SMALL
+    options = SMALL | COMPRESSED | SYNCHRONISED if recipe.communicates else SMALL
     small = {key: options[key] for key in recipe.hyperparameters() if key in options}
     axis = {"axis_name": AXIS} if recipe.communicates else {}
     # recipe.make hides the signature behind **hyperparameters; this is what it calls.
@@ -158,7 +186,7 @@ def report_of(name: str, points: Iterable[str]) -> testing.ContractReport:
     [
         pytest.param(name, marks=getattr(pytest.mark, "exhaustive" if rare else "slow"))
         for name, recipe in optimizers.registry().items()
-        for rare in [recipe.peer or name in COSTLY]
+        for rare in [recipe.peer or name in COSTLY + VARIANTS]
     ],
 )
 def test_every_recipe_keeps_the_contract_but_for_what_is_listed(name: str) -> None:

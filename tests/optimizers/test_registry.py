@@ -88,13 +88,16 @@ def test_the_formula_in_words_is_the_formula_in_code(name):
 
 
 def test_our_counters_are_int32_scalars_beside_flags():
+    numbers = {"eager_diloco": 1, "co2": 1}  # the weight of a round; the length of a step
     for name, recipe in RECIPES.items():
         if not recipe.peer:
             counters = stored(recipe, 6, 4)[2]
             assert counters, name
             flags = [c for c in counters if c.dtype == bool]
-            assert all(c.dtype == jnp.int32 for c in counters if c.dtype != bool), name
-            assert len(flags) < len(counters)
+            floats = [c for c in counters if c.dtype == jnp.float32]
+            assert len(floats) == numbers.get(name, 0), name
+            counts = [c for c in counters if c.dtype == jnp.int32]
+            assert len(counts) == len(counters) - len(flags) - len(floats) > 0, name
 
 
 def test_names_rates_and_papers_are_in_order():
@@ -102,13 +105,15 @@ def test_names_rates_and_papers_are_in_order():
     peers = [n for n, r in RECIPES.items() if r.peer]
     alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm", "shampoo", "soap"]
     together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
-    assert ours == alone + together
+    apart = ["diloco", "streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic"]
+    assert ours == alone + together + apart
     assert peers == ["adamw", "lion", "adafactor", "muon", "sgd", "schedule_free", "galore"]
     for name, recipe in RECIPES.items():
         assert recipe.name == name
         assert recipe.learning_rate > 0
         assert recipe.schedule in ("cosine", "constant")
-        assert recipe.communicates == (name in together)
+        assert recipe.communicates == (name in together + apart)
+        assert recipe.apart == (name in apart)
         assert (recipe.wire == "nothing") == (not recipe.communicates)
         assert recipe.paper.title
         assert 2010 < recipe.paper.year < 2030

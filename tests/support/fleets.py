@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
+import optax
 
-from jaxopt_suite import parallel
+from jaxopt_suite import core, parallel
 
 WORKERS = 8
 
@@ -53,3 +54,33 @@ def relative_difference(a, b):
 def copies(array):
     """What each device holds of an array that is the same on all."""
     return [np.asarray(shard.data) for shard in array.addressable_shards]
+
+
+def train_fleet(tx, gradient, inputs, params, *, mesh=None, axis_name="worker", active=None):
+    """Every worker's parameters after each step, ``[workers, steps, ...]``, and the last state.
+
+    Args:
+      tx: the transformation.
+      gradient: ``(params, x) -> gradient`` of one worker.
+      inputs: a tree of arrays ``[workers, steps, ...]`` of which a step gets its ``x``.
+      params: what all workers start from.
+      mesh: as for ``run_workers``.
+      axis_name: the workers' axis.
+      active: ``[workers, steps]``, handed to ``tx.update``; None: it is not.
+    """
+
+    def worker(params, own):
+        def step(carry, given):
+            params, state = carry
+            x, extra = given
+            updates, state = tx.update(gradient(params, x), state, params, **extra)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        start = core.vary(params, axis_name), tx.init(params)
+        (_, state), trajectory = jax.lax.scan(step, start, own)
+        return trajectory, state
+
+    extra = {} if active is None else {"active": np.asarray(active, np.float32)}
+    run = parallel.run_workers(worker, axis_name=axis_name, mesh=mesh, in_axes=(None, 0))
+    return jax.jit(run)(params, (inputs, extra))

@@ -25,8 +25,13 @@ class Ended:
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """Without the settings of the test suite that ask for eight devices."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "XLA", "SLURM"))}
+    """Without the settings of the test suite but for what it has compiled and how."""
+    cache = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith(cache) or not k.startswith(("JAX", "XLA", "SLURM"))
+    }
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "device_count" not in flag]
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}

@@ -15,6 +15,16 @@ def axes_of(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(axis for entry in entries for axis in entry)
 
 
+def free_axes() -> dict[str, int]:
+    """The sizes of the axes of the context's mesh that the partitioner has, those of one left out.
+
+    None under ``vmap``: a simulated worker is on one device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = (axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+    return {axis: mesh.shape[axis] for axis in free if mesh.shape[axis] > 1}
+
+
 def automatic_axes(axis_name: str) -> tuple[str, ...]:
     """The mesh axes around ``axis_name`` that are left to the partitioner; none under ``vmap``."""
     mesh = jax.sharding.get_abstract_mesh()
