@@ -17,6 +17,8 @@ from benchmarks.parity import (
     powersgd,
     reference,
     roots,
+    shampoo,
+    soap,
     subset_norm,
     subspace_momentum,
 )
@@ -34,10 +36,11 @@ METHODS = {
         onebit_adam,
         powersgd,
         roots,
+        shampoo,
+        soap,
         diloco,
     )
 }
-LIMIT = 1e-5  # float32 rounding over 25 steps, with a margin of about ten
 RESULTS = _results.RESULTS / "parity.json"
 
 
@@ -54,17 +57,18 @@ def measure(method: Method, path: pathlib.Path, given_repository: str | None) ->
         cases, departures = method.build(official)
         measured = [_measure_case(case) for case in cases]
         named = [_measure_departure(departure) for departure in departures]
+    first, *_ = cases[0].gradients()
     return {
         "method": method.name,
         "repository": repository,
         "commit": commit,
-        "steps": compare.STEPS,
-        "shapes": compare.SHAPES,
-        "dtype": "float32",
+        "steps": len(cases[0].gradients()),
+        "shapes": {name: list(g.shape) for name, g in first.items()},
+        "dtype": str(next(iter(first.values())).dtype),
         "largest_relative_difference": max(
             max(case["updates"], case["parameters"]) for case in measured
         ),
-        "limit": LIMIT,
+        "limit": max(case["limit"] for case in measured),
         "cases": measured,
         "departures": named,
         **_results.stamp(
@@ -81,6 +85,7 @@ def _measure_case(case: Case) -> dict[str, Any]:
         "case": case.name,
         "settings": dict(case.settings),
         "weight_decay": case.weight_decay,
+        "limit": case.limit,
         "updates": updates.value,
         "worst_update": f"{updates.leaf}, step {updates.step}",
         "parameters": parameters.value,
@@ -103,7 +108,12 @@ def _show(row: dict[str, Any]) -> None:
     for named in row["departures"]:
         figure = "not run" if named["difference"] is None else f"{named['difference']:.1e}"
         print(f"  departure, {figure}: {named['departure']}")
-    print(f"largest relative difference {row['largest_relative_difference']:.1e}, limit {LIMIT:g}")
+    largest = row["largest_relative_difference"]
+    print(f"largest relative difference {largest:.1e}, limit {row['limit']:g}")
+
+
+def _within_limits(row: dict[str, Any]) -> bool:
+    return all(max(case["updates"], case["parameters"]) < case["limit"] for case in row["cases"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if row["largest_relative_difference"] < LIMIT else 1
+    return 0 if _within_limits(row) else 1
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ official result. It is taken twice, and the larger number counts:
 - *Parameters*: the ordinary trajectory from parameters of order one, after the last step, with
   weight decay where both sides define it alike. The largest over all leaves.
 
-Everything is float32, as the official code would run.
+Everything is float32, as the official code would run, unless a case has gradients in float64.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,53 @@ import optax
 
 STEPS = 25
 LEARNING_RATE = 0.01
+LIMIT = 1e-5  # float32 rounding over 25 steps, with a margin of about ten
 EPS = 1e-6  # of both official repositories
 RANK = 4
 # Layout (out, in), as in PyTorch. Sizes at which the official divisor rule and ours agree.
 SHAPES = {"square": (32, 32), "tall": (64, 16), "wide": (16, 64), "vector": (32,)}
 
 Arrays = dict[str, np.ndarray]
+
+
+def gradients(shapes: Mapping[str, tuple[int, ...]] = SHAPES, *, seed: int = 0) -> list[Arrays]:
+    """Gradients whose signs change from step to step, and whose scale does too.
+
+    A matrix has ``RANK`` well separated singular values and small noise, so that its leading
+    singular vectors are defined in float32 up to sign; a vector is normal. Each fifth step has
+    exact zeros.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return rng.standard_normal(shape)
+        left, right = (np.linalg.qr(rng.standard_normal((n, RANK)))[0] for n in shape)
+        strong = (left * np.linspace(16.0, 8.0, RANK)) @ right.T
+        return strong + 0.1 * rng.standard_normal(shape)
+
+    steps = []
+    for step in range(STEPS):
+        scale = 10.0 ** rng.uniform(-1.0, 1.0)
+        grads = {name: scale * one(shape) for name, shape in shapes.items()}
+        if step % 5 == 4:
+            for g in grads.values():
+                g[: len(g) // 8] = 0.0
+        steps.append({name: g.astype(np.float32) for name, g in grads.items()})
+    return steps
+
+
+def full_rank_gradients(
+    shapes: Mapping[str, tuple[int, ...]], *, steps: int, dtype: str = "float32", seed: int = 0
+) -> list[Arrays]:
+    """Normal gradients whose scale changes from step to step: every mode's statistic has full rank.
+
+    For methods that take roots or eigenvectors of it, which in a null space rounding makes up.
+    """
+    rng = np.random.default_rng(seed)
+    draw = lambda shape, scale: (scale * rng.standard_normal(shape)).astype(dtype)
+    scales = 10.0 ** rng.uniform(-1.0, 1.0, steps)
+    return [{name: draw(shape, scale) for name, shape in shapes.items()} for scale in scales]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +83,10 @@ class Case:
       official: (parameters by name, weight decay) -> ``torch.optim.Optimizer``.
       transposed: whether ours gets each matrix in Flax's layout (in, out) rather than (out, in).
       weight_decay: for the comparison of parameters.
+      gradients: makes one dict for each step, in the official layout; float64 ones make both sides
+        compute in float64.
+      limit: on the relative difference; above ``LIMIT`` only for a reason that its file gives,
+        and below it where both sides compute in float64.
       feed: our state after a step -> context in which the official side takes the same step; lets
         it use our random draws.
     """
@@ -52,6 +97,8 @@ class Case:
     official: Callable[[dict[str, Any], float], Any]
     transposed: bool = True
     weight_decay: float = 0.0
+    gradients: Callable[[], list[Arrays]] = gradients
+    limit: float = LIMIT
     feed: Callable[[Any], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -102,33 +149,6 @@ class Difference:
     step: int
 
 
-def gradients(shapes: Mapping[str, tuple[int, ...]] = SHAPES, *, seed: int = 0) -> list[Arrays]:
-    """Gradients whose signs change from step to step, and whose scale does too.
-
-    A matrix has ``RANK`` well separated singular values and small noise, so that its leading
-    singular vectors are defined in float32 up to sign; a vector is normal. Each fifth step has
-    exact zeros.
-    """
-    rng = np.random.default_rng(seed)
-
-    def one(shape: tuple[int, ...]) -> np.ndarray:
-        if len(shape) == 1:
-            return rng.standard_normal(shape)
-        left, right = (np.linalg.qr(rng.standard_normal((n, RANK)))[0] for n in shape)
-        strong = (left * np.linspace(16.0, 8.0, RANK)) @ right.T
-        return strong + 0.1 * rng.standard_normal(shape)
-
-    steps = []
-    for step in range(STEPS):
-        scale = 10.0 ** rng.uniform(-1.0, 1.0)
-        grads = {name: scale * one(shape) for name, shape in shapes.items()}
-        if step % 5 == 4:
-            for g in grads.values():
-                g[: len(g) // 8] = 0.0
-        steps.append({name: g.astype(np.float32) for name, g in grads.items()})
-    return steps
-
-
 def relative_difference(ours: np.ndarray, official: np.ndarray) -> float:
     """Largest absolute difference over the largest magnitude of ``official``.
 
@@ -177,30 +197,46 @@ def run(
       ours: another transformation in place of the case's own.
     """
     rng = np.random.default_rng(1)
-    start = {name: rng.standard_normal(g.shape).astype(np.float32) for name, g in grads[0].items()}
-    official = _Official(case, start, weight_decay)
-    mine = _Ours(case, start, ours or case.ours(weight_decay))
+    start = {name: rng.standard_normal(g.shape).astype(g.dtype) for name, g in grads[0].items()}
     pairs = []
-    for g in grads:
-        here = mine.step(g, from_zero)
-        with case.feed(mine.state):
-            pairs.append((here, official.step(g, from_zero)))
+    with _precision(next(iter(start.values())).dtype):
+        official = _Official(case, start, weight_decay)
+        mine = _Ours(case, start, ours or case.ours(weight_decay))
+        for g in grads:
+            here = mine.step(g, from_zero)
+            with case.feed(mine.state):
+                pairs.append((here, official.step(g, from_zero)))
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+@contextlib.contextmanager
+def _precision(dtype: np.dtype) -> Iterator[None]:
+    """Both sides may compute in this dtype; official states are often made in PyTorch's default."""
+    import torch  # the reference's own dependency, none of ours
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype.name))
+    try:
+        with jax.enable_x64(dtype == np.float64):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def difference_of_updates(
     case: Case,
     ours: optax.GradientTransformation | None = None,
     *,
-    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Difference:
     """Updates of both sides, each step from zero; see the module's text."""
-    return largest_difference(*run(case, gradients(shapes), from_zero=True, ours=ours))
+    grads = case.gradients() if shapes is None else gradients(shapes)
+    return largest_difference(*run(case, grads, from_zero=True, ours=ours))
 
 
 def difference_of_parameters(case: Case, *, weight_decay: float) -> Difference:
     """Parameters of both sides after the last step; see the module's text."""
-    ours, official = run(case, gradients(), from_zero=False, weight_decay=weight_decay)
+    ours, official = run(case, case.gradients(), from_zero=False, weight_decay=weight_decay)
     last = largest_difference(ours[-1:], official[-1:])
     return dataclasses.replace(last, step=len(ours))
 

@@ -1,5 +1,7 @@
 """The parity harness: its measure finds what is planted, it refuses what is no reference."""
 
+import dataclasses
+import functools
 import subprocess
 
 import numpy as np
@@ -54,6 +56,21 @@ def test_gradients_change_sign_hold_zeros_and_have_separated_singular_values():
             values = np.linalg.svd(stacked[0], compute_uv=False)
             assert (values[:3] / values[1:4] > 1.05).all()  # far above float32's rounding
             assert values[compare.RANK - 1] > 3 * values[compare.RANK]
+
+
+def test_full_rank_gradients_have_a_statistic_of_full_rank_in_the_dtype_asked_for():
+    shapes = {"square": (8, 8), "tensor": (6, 5, 4)}
+    grads = compare.full_rank_gradients(shapes, steps=7, dtype="float64")
+    assert len(grads) == 7
+    for step in grads:
+        for name, shape in shapes.items():
+            assert step[name].shape == shape
+            assert step[name].dtype == np.float64
+            for mode, size in enumerate(shape):
+                unfolded = np.moveaxis(step[name], mode, 0).reshape(size, -1)
+                assert np.linalg.matrix_rank(unfolded, tol=1e-3) == size
+    largest = [np.abs(step["square"]).max() for step in grads]
+    assert max(largest) > 3 * min(largest)  # the scale changes
 
 
 def _clone(tmp_path, method):
@@ -112,6 +129,15 @@ def _against_torch_adam(torch):
         ),
         transposed=False,
     )
+
+
+def test_a_case_with_gradients_in_float64_is_run_in_float64_on_both_sides():
+    torch = pytest.importorskip("torch", reason="runs PyTorch's AdamW")
+    make = functools.partial(compare.full_rank_gradients, {"w": (4, 3)}, steps=5, dtype="float64")
+    case = dataclasses.replace(_against_torch_adam(torch), gradients=make)
+    assert compare.difference_of_updates(case).value < 1e-12  # float64 over 5 steps
+    assert torch.get_default_dtype() == torch.float32
+    assert compare.difference_of_parameters(case, weight_decay=0.1).value < 1e-12
 
 
 def test_our_adam_agrees_with_pytorchs_and_one_with_a_wrong_beta_does_not():
