@@ -17,10 +17,11 @@ _TIMES = 3
 def panel_qr(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""Orthonormal Q with $A = QR$, and the diagonal of R.
 
-    Block Gram-Schmidt: a panel loses its parts along the columns before it and is factorised, three
-    times. Of a panel that depends on those columns the first time leaves rounding errors, with
-    parts along them as large as any; the second leaves less, and the third no more than a QR does.
-    So Q is orthonormal to rounding whatever the rank of A.
+    Block Gram-Schmidt: a panel loses its parts along the columns before it and is factorised, again
+    and again. Columns that depend on those before come out of the first time with parts along them
+    as large as any. A little noise gives them directions to go, also where zeros are exact; the
+    second time leaves these, the third little else, and the fourth no more than a QR does. So Q is
+    orthonormal to rounding whatever the rank of A.
 
     Args:
       matrices: ``[k, b, b]``, float32 or float64.
@@ -33,21 +34,30 @@ def panel_qr(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     if size <= _WIDTH:
         return _plain(matrices)
     padded = jnp.pad(matrices, [(0, 0), (0, missing), (0, missing)])
-    padded += jnp.diag(jnp.arange(size + missing) >= size).astype(padded.dtype)
+    padded += jnp.diag(jnp.arange(size + missing) >= size).astype(padded.dtype)[None]
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         before, diagonal = done  # columns that are still to come are zero
         panel = jax.lax.dynamic_slice_in_dim(padded, i * _WIDTH, _WIDTH, 2)
+        panel, lengths = _freed(before, panel, jnp.ones_like(panel[:, 0]))
+        panel += _noise(i, panel) * (jnp.arange(size + missing) < size)[None, :, None]
         panel, lengths = jax.lax.fori_loop(
-            0, _TIMES, lambda _, last: _freed(before, *last), (panel, jnp.ones_like(panel[:, 0]))
+            0, _TIMES, lambda _, last: _freed(before, *last), (panel, lengths)
         )
         before = jax.lax.dynamic_update_slice_in_dim(before, panel, i * _WIDTH, 2)
         return before, jax.lax.dynamic_update_slice_in_dim(diagonal, lengths, i * _WIDTH, 1)
 
     start = jnp.zeros_like(padded), jnp.zeros_like(padded[:, 0])
     panels = padded.shape[1] // _WIDTH
-    factors, diagonal = jax.lax.fori_loop(0, panels, one, vary(start, varying_axes(matrices)))
+    start = vary(start, varying_axes(matrices))
+    factors, diagonal = jax.lax.fori_loop(0, panels, one, start)
     return factors[:, :size, :size], diagonal[:, :size]
+
+
+def _noise(i: jax.Array, panel: jax.Array) -> jax.Array:
+    """Of the size of an orthonormal panel's rounding errors, another for each panel."""
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), panel.shape[1:])
+    return (jnp.finfo(panel.dtype).eps * noise.astype(panel.dtype))[None]
 
 
 def _freed(before: jax.Array, panel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
