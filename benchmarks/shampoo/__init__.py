@@ -1,0 +1,1 @@
+"""What Shampoo and SOAP cost: updates beside Meta's, train steps beside AdamW's, compiling."""
