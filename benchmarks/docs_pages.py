@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import _results, docs_communication, docs_laws, docs_utilisation
+from benchmarks import _results, docs_communication, docs_laws, docs_shampoo, docs_utilisation
 from benchmarks.markdown import measured, table
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers import Recipe, registry
@@ -235,6 +235,12 @@ def bandwidth(results: pathlib.Path = _results.RESULTS) -> str:
     return docs_communication.fill(text, docs_utilisation.sections(results))
 
 
+def shampoo(results: pathlib.Path = _results.RESULTS) -> str:
+    """``docs/guides/shampoo.md``, written by hand, with its measured part renewed."""
+    text = (DOCS / "guides" / "shampoo.md").read_text()
+    return docs_communication.fill(text, docs_shampoo.sections(results))
+
+
 def laws(results: pathlib.Path = _results.RESULTS) -> str:
     """``docs/laws.md``: the scaling laws, and what was measured of their fits."""
     return f"{_NOTICE}\n{docs_laws.page(results)}"
@@ -247,11 +253,12 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "laws.md": laws,
     "guides/communication.md": communication,
     "guides/bandwidth.md": bandwidth,
+    "guides/shampoo.md": shampoo,
 }
 
 
 def _pictures() -> dict[str, tuple[str, Callable[[], Figure]]]:
-    parts = (docs_communication, docs_utilisation)
+    parts = (docs_communication, docs_utilisation, docs_shampoo)
     return {name: made for part in parts for name, made in part.pictures(_results.RESULTS).items()}
 
 
