@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import _results
 from benchmarks.markdown import measured, table
+from benchmarks.shampoo.updates import META
 from jaxopt_suite.core.figures import GREY, PALETTE, dress
 
 _INK = "#1a1a1a"
@@ -48,9 +49,9 @@ def _updates(row: dict[str, Any]) -> str:
         for name, found in row["updates"].items()
     ]
     settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-    return f"Settings of all: {settings}; theirs is {row['reference'][:46]}.\n\n" + table(
-        head, cells
-    )
+    repository, _, commit = row["reference"].partition(" at ")
+    theirs = f"{META} is [{repository}](https://github.com/{repository}) at `{commit[:12]}`"
+    return f"{theirs}; settings of both: {settings}.\n\n" + table(head, cells)
 
 
 def _train(row: dict[str, Any]) -> str:
@@ -81,6 +82,6 @@ def _traces(row: dict[str, Any]) -> Figure:
             range(1, len(found["ms"]) + 1), found["ms"], color=color, label=name, linewidth=1.4
         )
     axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    figure.legend(frameon=False, fontsize=8, labelcolor=_INK, loc="outside upper center", ncols=5)
     dress(axes, "step", "milliseconds of the update", ink=_INK)
     return figure
