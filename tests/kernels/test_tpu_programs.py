@@ -75,7 +75,8 @@ def test_a_train_step_on_sixteen_chips_has_the_kernel_on_every_one():
     devices = topologies.describe("v5e:4x4").devices
     mesh = parallel.make_mesh({"data": 4, "model": 4}, devices=devices)
     params = {"w": jax.ShapeDtypeStruct((512, 2048), jnp.float32)}
-    tx = shampoo(0.1, block_size=512, solver="coupled_newton", stack_multiple=16, gram_impl="pallas")
+    settings = {"block_size": 512, "solver": "coupled_newton", "stack_multiple": 16}
+    tx = shampoo(0.1, gram_impl="pallas", **settings)
     loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
     step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": P(None, "model")})
     program = step.lower(params, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
