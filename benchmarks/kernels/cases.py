@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jaxopt_suite import kernels
+from jaxopt_suite.optimizers.compression import compressors
 
 
 class Case(NamedTuple):
@@ -24,6 +25,7 @@ class Case(NamedTuple):
 def all_cases() -> Iterator[Case]:
     """Every kernel's cases."""
     yield from _gram_updates()
+    yield from _int8_messages()
 
 
 def _gram_updates() -> Iterator[Case]:
@@ -37,6 +39,35 @@ def _gram_updates() -> Iterator[Case]:
                 (_array(8, size, size), _array(8, size, size, dtype=dtype)),
                 (0,),
             )
+
+
+def _int8_messages() -> Iterator[Case]:
+    """A matrix with error feedback, and eight workers' messages of it."""
+    shape, workers = (2048, 8192), 8
+    size = shape[0] * shape[1]
+
+    def encode(x: jax.Array, residual: jax.Array, impl: str) -> Any:
+        codec, message = compressors.int8(impl=impl), x + residual
+        if impl == "xla":
+            payload = codec.encode(message, None)
+            return payload, message - codec.decode(payload, message)
+        payload, decoded = codec.encode_decoded(message, None)
+        return payload, message - decoded
+
+    yield Case(
+        "int8_encode",
+        f"{shape[0]} by {shape[1]} and its residual",
+        encode,
+        (_array(*shape), _array(*shape)),
+        (1,),
+    )
+    yield Case(
+        "int8_mean",
+        f"{workers} messages of {shape[0]} by {shape[1]}; of XLA's loop one round counted",
+        functools.partial(kernels.int8_mean, shape=shape),
+        (_array(workers, size, dtype="int8"), _array(workers, size // 256)),
+        (),
+    )
 
 
 def _array(*shape: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:

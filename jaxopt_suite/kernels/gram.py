@@ -17,6 +17,7 @@ from jaxopt_suite.kernels.implementations import (
     interpreter,
     resolve,
     struct_like,
+    tpu_parameters,
 )
 
 _MODES = "abcdefghijklmnopqrstuvw"
@@ -176,9 +177,7 @@ def _call(
         # Tiles above the diagonal are written and never read. The interpreter of JAX 0.10.2 cannot
         # alias what it pads to whole tiles.
         input_output_aliases={} if impl == "interpret" else {3: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary")
-        ),
+        compiler_params=tpu_parameters(impl, "parallel", "arbitrary", "arbitrary"),
         cost_estimate=plan.cost(statistics, blocks, length),
         interpret=interpreter(impl),
     )(*operands)

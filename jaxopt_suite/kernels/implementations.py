@@ -15,6 +15,8 @@ IMPLS = ("auto", "xla", "pallas", "interpret")
 # to benchmarks/results, and has beaten the compiler's. None has been run on hardware yet.
 AUTO: Mapping[str, Literal["xla", "pallas"]] = {
     "gram_update": "xla",
+    "int8_encode": "xla",
+    "int8_mean": "xla",
 }
 
 
@@ -41,6 +43,21 @@ def interpreter(impl: str) -> Any:
     errors, and it runs inside ``shard_map``, where ``interpret=True`` does not.
     """
     return pltpu.InterpretParams() if impl == "interpret" else False
+
+
+def tpu_parameters(impl: str, *semantics: Any, **others: Any) -> pltpu.CompilerParams | None:
+    """The argument ``compiler_params``; of the interpreter, which has no use for them, none.
+
+    Under ``vmap`` a grid has one dimension more, and the interpreter of JAX 0.10.2 expects none.
+
+    Args:
+      impl: as ``resolve`` gives it.
+      *semantics: ``"parallel"`` or ``"arbitrary"`` for each dimension of the grid.
+      **others: of ``CompilerParams``.
+    """
+    if impl == "interpret":
+        return None
+    return pltpu.CompilerParams(dimension_semantics=semantics, **others)
 
 
 def alike_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:

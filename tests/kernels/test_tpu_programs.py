@@ -6,11 +6,13 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
+from jaxopt_suite.optimizers.compression import compressed_mean, compressors
 from jaxopt_suite.optimizers.shampoo import shampoo
 from jaxopt_suite.parallel import topologies
 
@@ -82,3 +84,37 @@ def test_a_train_step_on_sixteen_chips_has_the_kernel_on_every_one():
     program = step.lower(params, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
     calls = [line for line in program.as_text().splitlines() if "gram_update" in line]
     assert sum("custom-call" in line for line in calls) == 2  # one a side
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("shape", [(1000, 4352), (777, 300)])
+def test_int8_compiles_and_needs_no_temporary_memory_where_blocks_lie_in_rows(topology, shape):
+    encode = functools.partial(kernels.int8_encode, impl="pallas")
+    program = compiled(encode, topology, (shape, jnp.float32))
+    assert "int8_encode" in program.as_text()
+    size = shape[0] * shape[1]
+    if shape[1] % 256 == 0:
+        assert (
+            program.memory_analysis().temp_size_in_bytes < 2 * size
+        )  # codes, before they lie flat
+
+    mean = lambda codes, scales: kernels.int8_mean(codes, scales, shape, impl="pallas")
+    payloads = ((4, size), jnp.int8), ((4, -(-size // 256)), jnp.float32)
+    assert "int8_mean" in compiled(mean, topology, *payloads).as_text()
+
+
+def test_a_train_step_of_eight_workers_moves_less_memory_with_the_int8_kernels():
+    mesh = parallel.make_mesh({"worker": 8}, devices=topologies.describe("v5e:2x4").devices)
+    params = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+
+    def bytes_accessed(impl):
+        mean = compressed_mean(compressors.int8(impl=impl), axis_name="worker", exchange="gather")
+        step = parallel.make_train_step(
+            loss, optax.chain(mean, optax.sgd(0.1)), mesh, worker_axis="worker"
+        )
+        program = step.lower(params, jax.ShapeDtypeStruct((64, 1024), jnp.float32)).compile()
+        assert ("int8_encode" in program.as_text()) == (impl == "pallas")
+        return program.cost_analysis()["bytes accessed"]
+
+    assert bytes_accessed("pallas") < 0.7 * bytes_accessed("xla")
