@@ -12,7 +12,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import _results, docs_communication, docs_laws, docs_shampoo, docs_utilisation
+from benchmarks import (
+    _results,
+    docs_communication,
+    docs_kernels,
+    docs_laws,
+    docs_shampoo,
+    docs_utilisation,
+)
 from benchmarks.markdown import measured, table
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.optimizers import Recipe, registry
@@ -241,6 +248,12 @@ def shampoo(results: pathlib.Path = _results.RESULTS) -> str:
     return docs_communication.fill(text, docs_shampoo.sections(results))
 
 
+def kernels(results: pathlib.Path = _results.RESULTS) -> str:
+    """``docs/guides/kernels.md``, written by hand, with its measured part renewed."""
+    text = (DOCS / "guides" / "kernels.md").read_text()
+    return docs_communication.fill(text, docs_kernels.sections(results))
+
+
 def laws(results: pathlib.Path = _results.RESULTS) -> str:
     """``docs/laws.md``: the scaling laws, and what was measured of their fits."""
     return f"{_NOTICE}\n{docs_laws.page(results)}"
@@ -254,6 +267,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "guides/communication.md": communication,
     "guides/bandwidth.md": bandwidth,
     "guides/shampoo.md": shampoo,
+    "guides/kernels.md": kernels,
 }
 
 
