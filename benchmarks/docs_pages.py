@@ -229,6 +229,12 @@ def communication(results: pathlib.Path = _results.RESULTS) -> str:
     return docs_communication.fill(text, docs_communication.sections(results))
 
 
+def outer_loops(results: pathlib.Path = _results.RESULTS) -> str:
+    """``docs/guides/outer-loops.md``, written by hand, with its measured part renewed."""
+    text = (DOCS / "guides" / "outer-loops.md").read_text()
+    return docs_communication.fill(text, docs_communication.outer_loop_sections(results))
+
+
 def bandwidth(results: pathlib.Path = _results.RESULTS) -> str:
     """``docs/guides/bandwidth.md``, written by hand, with its measured part renewed."""
     text = (DOCS / "guides" / "bandwidth.md").read_text()
@@ -247,6 +253,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "laws.md": laws,
     "guides/communication.md": communication,
     "guides/bandwidth.md": bandwidth,
+    "guides/outer-loops.md": outer_loops,
 }
 
 
