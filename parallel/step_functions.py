@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 from jaxopt_suite.parallel.gradients import loss_and_gradient
 from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
 from jaxopt_suite.parallel.metrics import Metrics, measure
-from jaxopt_suite.parallel.offload import to_device, to_host
 from jaxopt_suite.parallel.placing import constrain
 from jaxopt_suite.parallel.workers import map_workers
 
@@ -44,8 +43,6 @@ class StepFunctions:
         self, layout: Layout, state: TrainState, batch: Any, *active: jax.Array
     ) -> tuple[TrainState, Metrics]:
         """The state after a step and its metrics; ``active``, if given, is ``[workers]``."""
-        if layout.device_state is not None:
-            state = state._replace(opt_state=to_device(state.opt_state, layout.device_state))
         if self.placement.worker_axis is not None:
             workers = self.placement.workers
             batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch)
@@ -55,11 +52,8 @@ class StepFunctions:
             (layout.axes, None),
         )
         shardings = layout.state_shardings, self.placement.replicated
-        state, metrics = self._on_mesh(one, shardings)(state, batch, *active)
-        if layout.device_state is not None:
-            at_rest = jax.tree.map(lambda x: x.sharding, layout.abstract_state.opt_state)
-            state = state._replace(opt_state=to_host(state.opt_state, at_rest))
-        return state, metrics
+        state, metrics = self._on_mesh(one, shardings)(layout.fetched(state), batch, *active)
+        return layout.put_back(state), metrics
 
     def _on_mesh(self, fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
         """``fn`` traced with all axes left to the partitioner, whatever types the mesh has."""

@@ -37,13 +37,14 @@ def with_joiners(program: Program, state: TrainState, before: int | None) -> Tra
     layout, mesh = program.train_step.layout(program.abstract_params), program.train_step.mesh
 
     def start(state: TrainState) -> Any:
-        there = map_axes(lambda axis, x: x if axis is None else x[:before], layout.axes, state)
-        return program.agreed(there)
+        there = lambda axis, x: x if axis is None else x[:before]
+        return program.agreed(map_axes(there, layout.axes, layout.fetched(state)))
 
     def fill(state: TrainState, fresh: TrainState) -> TrainState:
+        state, fresh = layout.fetched(state), layout.fetched(fresh)
         fresh = jax.tree.map(_count_on, fresh, state, is_leaf=counts_only)
         joined = lambda own, x, new: jnp.concatenate([x[:before], new[before:]]) if own else x
-        return jax.tree.map(joined, of_workers(program), state, fresh)
+        return layout.put_back(jax.tree.map(joined, of_workers(program), state, fresh))
 
     whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout.param_specs)
     fresh = program.train_step.init(jax.jit(start, out_shardings=whole)(state))

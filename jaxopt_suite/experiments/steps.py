@@ -126,7 +126,8 @@ class Program:
         return self.eval_params(state.opt_state[1], state.params)
 
     def _evaluate(self, state: TrainState, tokens: jax.Array) -> jax.Array:
-        return model.loss_fn(self.graphdef, self.agreed(state), tokens)
+        layout = self.train_step.layout(self.abstract_params)
+        return model.loss_fn(self.graphdef, self.agreed(layout.fetched(state)), tokens)
 
     @functools.cached_property
     def _loss_of_batch(self) -> Callable[[TrainState, np.ndarray], jax.Array]:

@@ -34,7 +34,9 @@ def loss(params, batch):
     return jnp.mean((batch @ params["w"] + params["b"][None]) ** 2)
 
 
-def program_of(tx, workers, *, simulated=False, params=PARAMS, eval_params=outer_params):
+def program_of(
+    tx, workers, *, simulated=False, params=PARAMS, eval_params=outer_params, offload_state=False
+):
     """What of a run's program a restart needs, for a model of two leaves."""
     step = parallel.make_train_step(
         loss,
@@ -43,6 +45,7 @@ def program_of(tx, workers, *, simulated=False, params=PARAMS, eval_params=outer
         param_specs=None if simulated else {"w": PartitionSpec("model"), "b": PartitionSpec()},
         worker_axis=AXIS,
         workers=workers,
+        offload_state=offload_state,
     )
     names = dict.fromkeys(("settings", "hyperparameters", "peak", "schedule", "sizes", "graphdef"))
     return Program(
@@ -84,7 +87,7 @@ def check_kept(program, old, new, rows):
     def same(own, a, b):
         np.testing.assert_array_equal(a[:rows] if own else a, b[:rows] if own else b)
 
-    jax.tree.map(same, joining.of_workers(program), old, new)
+    jax.tree.map(same, joining.of_workers(program), *jax.device_get((old, new)))
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, program.abstract_state)
 
 
@@ -97,14 +100,14 @@ def test_with_fewer_workers_those_that_remain_keep_their_own(tmp_path, simulated
     assert new.opt_state[1].count == MADE
 
 
-@pytest.mark.parametrize("simulated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"simulated": True}, {"offload_state": True}], ids=str)
 def test_a_new_worker_begins_at_the_outer_parameters_with_a_schedule_that_counts_on(
-    tmp_path, simulated
+    tmp_path, options
 ):
     tx = diloco(inner(), sync_every=3, axis_name=AXIS)
-    program, old, new = restarted(tmp_path, tx, 2, 8, simulated=simulated)
+    program, old, new = restarted(tmp_path, tx, 2, 8, **options)
     check_kept(program, old, new, rows=2)
-    outer = new.opt_state[1]
+    outer = jax.device_get(new.opt_state[1])
     for name, theta in outer.outer_params.items():
         np.testing.assert_array_equal(new.params[name][2:], np.stack([theta] * 6))
     adam, *_, rate = outer.inner
