@@ -30,6 +30,7 @@ class Method(NamedTuple):
     target: float
 
 
+# "About" these: four bits and scales of blocks of 64 are 711 times fewer in a round of 100.
 METHODS = (
     Method("AdamW, data parallel", "adamw", {}, 1),
     Method("DiLoCo", "diloco", {"sync_every": SYNC_EVERY}, 100),
@@ -107,7 +108,7 @@ def _step(method: Method, sizes: model.ModelConfig, mesh: Mesh) -> tuple[TrainSt
     """The train step, and the shapes of the parameters."""
     recipe = registry()[method.recipe]
     axis = {"axis_name": assembly.WORKER_AXIS} if recipe.communicates else {}
-    config = LayoutConfig(dtype="bfloat16", remat=True)
+    config = LayoutConfig(remat=True)  # float32: else XLA sends part of the gradients in bfloat16
     graphdef, params = assembly.abstract_model(sizes, config)
     step = assembly.assemble_step(
         config,
