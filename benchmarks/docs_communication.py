@@ -145,7 +145,7 @@ def _outer_loops(rows: _Rows) -> str:
     if not rows:
         return "No measurements yet.\n"
     row = rows[-1]
-    head = ["method", "per step", "times fewer", "largest step", "every step", "state"]
+    head = ["method", "per step", "times fewer", "largest step", "every step", "state", "peak"]
     cells = [
         [
             f"{e['method']} (`{e['recipe']}`)",
@@ -154,6 +154,7 @@ def _outer_loops(rows: _Rows) -> str:
             _size(e["largest_step"]),
             _of_every_step(e["always"]),
             f"{e['arguments'] / e['parameter_bytes']:.2f}",
+            _size(e["peak"]),
         ]
         for e in row["entries"]
     ]
