@@ -333,7 +333,7 @@ def _calls(module: Module, name: str) -> Iterator[tuple[str, int | None, tuple[s
             yield instruction.computation("condition") or "", tests, None
         elif opcode.removesuffix("-start") in _RUNS_CALLED:
             of = instruction.name if opcode == "conditional" else None
-            yield from ((callee, 1, of and (of, callee)) for callee in called)
+            yield from ((callee, 1, (of, callee) if of else None) for callee in called)
 
 
 def _callers_first(module: Module) -> list[str]:

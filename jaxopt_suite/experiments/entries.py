@@ -33,7 +33,7 @@ class Entry:
 
     def steps_per_round(self) -> int | None:
         """As of the recipe, with these settings."""
-        return self.recipe.steps_per_round(**self.recipe.hyperparameters() | self.settings)
+        return self.recipe.steps_per_round(**{**self.recipe.hyperparameters(), **self.settings})
 
 
 def _check_setting(name: str, recipes: Iterable[Recipe]) -> None:

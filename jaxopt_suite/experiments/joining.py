@@ -46,7 +46,9 @@ def with_joiners(program: Program, state: TrainState, before: int | None) -> Tra
         joined = lambda own, x, new: jnp.concatenate([x[:before], new[before:]]) if own else x
         return layout.put_back(jax.tree.map(joined, of_workers(program), state, fresh))
 
-    whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout.param_specs)
+    whole = None
+    if mesh is not None:
+        whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout.param_specs)
     fresh = program.train_step.init(jax.jit(start, out_shardings=whole)(state))
     return jax.jit(fill, out_shardings=layout.state_shardings)(state, fresh)
 

@@ -93,7 +93,7 @@ def test_a_sigterm_to_one_process_stops_both_and_any_number_may_go_on(options, t
     np.testing.assert_allclose(losses(run.path), undisturbed, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_after_a_kill_one_process_goes_on_with_fewer_workers(options, tmp_path):
     saves = ["--checkpoint-every", "5", "--sync-every", "4", "--out", str(tmp_path / "run")]
     words, run = [*options, *saves], RunFolder(tmp_path / "run")
