@@ -264,7 +264,11 @@ def test_branches_are_labelled_and_shared_functions_add_up():
 }
 %yes (y: f32[]) -> f32[] {
   %y = f32[] parameter(0)
-  ROOT %call = f32[] call(%y), to_apply=%leaf
+  %inner = f32[] call(%y), to_apply=%only
+  ROOT %call = f32[] call(%inner), to_apply=%leaf
+}
+%only (o: f32[]) -> f32[] {
+  ROOT %o = f32[] parameter(0)
 }
 ENTRY %main (p: pred[], x: f32[]) -> f32[] {
   %p = pred[] parameter(0)
@@ -279,9 +283,9 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {
 """
     times = hlo.executions(hlo.parse(text))
     assert times["yes"] == hlo.Times(1, True, ("branch", "yes"))
-    assert times["leaf"] == hlo.Times(
-        3, True, ("branch", "leaf")
-    )  # the fusion, the call in one branch, the other branch
+    assert times["only"] == hlo.Times(1, True, ("branch", "yes"))
+    # The fusion, the call in one branch, the other branch.
+    assert times["leaf"] == hlo.Times(3, True, ("branch", "leaf"))
     assert "unused" not in times
 
 
