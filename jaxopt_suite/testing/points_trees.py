@@ -169,10 +169,18 @@ def _matrix_calls(subject: Subject, like: Any, primitives: frozenset[str]) -> in
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Every equation of a traced program, those inside loops and branches included."""
+    """Every equation of a traced program, those inside loops and branches included.
+
+    Of what is written for several platforms the default is the program: a CPU may take what an
+    accelerator has as one batch in calls of their own.
+    """
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+        params = dict(eqn.params)
+        platforms = params.get("branches_platforms")
+        if platforms is not None and None in platforms:
+            params["branches"] = params["branches"][platforms.index(None)]
+        for value in jax.tree.leaves(list(params.values()), is_leaf=_is_program):
             if _is_program(value):
                 yield from _equations(getattr(value, "jaxpr", value))
 

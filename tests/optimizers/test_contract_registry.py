@@ -31,9 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shampoo": {"damping": roots.Relative(1e-2)},
 }
 
-# A program with roots or bases takes seconds to compile. Of Shampoo and SOAP the suite checks the
-# points that share one, or need none; all of them are for `make exhaustive`.
-COSTLY = ("shampoo", "soap")
+# A program with roots or bases takes seconds to compile, and so does one that compresses leaf by
+# leaf. Of these the suite checks the points that share one, or need none; all of them are for
+# `make exhaustive`. PowerSGD, DeMo and DiLoCo stand for those that communicate.
+COSTLY = ("shampoo", "soap", "onebit_adam", "terngrad", "adamw_int8")
 CHEAP = (
     "accepts_abstract_params",
     "compiles_once",
@@ -200,7 +201,7 @@ def test_every_recipe_keeps_the_contract_but_for_what_is_listed(name: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_recipe_that_compiles_slowly_keeps_the_cheap_points(name: str) -> None:
-    report_of(name, CHEAP).raise_if_failed()
+    report_of(name, [p for p in CHEAP if p not in KNOWN.get(name, {})]).raise_if_failed()
 
 
 def test_the_tables_name_recipes_and_points_that_exist() -> None:
