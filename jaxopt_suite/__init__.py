@@ -10,7 +10,15 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("core", "experiments", "optimizers", "parallel", "scaling_laws", "testing")
+_SUBPACKAGES = (
+    "core",
+    "experiments",
+    "kernels",
+    "optimizers",
+    "parallel",
+    "scaling_laws",
+    "testing",
+)
 _CLONE = pathlib.Path(__file__).resolve().parent.parent
 
 # In a clone the subpackages that an installed distribution maps to jaxopt_suite.* lie beside this

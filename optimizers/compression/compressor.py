@@ -48,6 +48,12 @@ class Compressor:
         compressor that is no contraction.
       variance: ω by shape, with E C(x) = x and E‖C(x) − x‖² ≤ ω‖x‖² for every x; ``None`` for a
         biased one.
+      encode_decoded: ``(x, key) -> (payload, C(x))`` at once, where a kernel does; ``None``: by
+        ``encode`` and ``decode``.
+      decode_mean: ``(payloads, like, own) -> array``: of payloads with a leading axis of workers
+        the mean of what they decode to, added up in their order, where a kernel does. ``own`` is
+        ``None``, or an array like ``like`` and the number of the worker whose message it is, which
+        is taken as it is. ``None``: by ``decode``, one at a time.
     """
 
     name: str
@@ -59,6 +65,8 @@ class Compressor:
     block: int
     contraction: Bound | None
     variance: Bound | None
+    encode_decoded: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]] | None = None
+    decode_mean: Callable[..., jax.Array] | None = None
 
 
 def identity() -> Compressor:

@@ -181,11 +181,13 @@ def _linear(compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name:
 
 
 def _gather(compressor: Compressor, messages: _Arrays, keys: _Arrays, axis_name: str) -> Exchanged:
-    payloads = [compressor.encode(x, key) for x, key in zip(messages, keys, strict=True)]
+    payloads, sent = _encode_all(compressor, messages, keys)
     travelling, put_back = _travelling(compressor, payloads)
     (rows,) = pieces.to_all([travelling], axis_name)
+    if compressor.decode_mean is not None:
+        return Exchanged(_means(compressor, put_back(rows), messages), sent)
     decode = lambda row: _decode_all(compressor, put_back(row), messages)
-    return Exchanged(_mean_of_rows(decode, rows), _decode_all(compressor, payloads, messages))
+    return Exchanged(_mean_of_rows(decode, rows), sent)
 
 
 def _two_phase(
@@ -197,22 +199,23 @@ def _two_phase(
 
     # To the owners. A worker's own piece stays at home and needs no code.
     each = [jax.random.split(key, workers + 1) for key in keys]
-    encode = jax.vmap(compressor.encode)
-    payloads = [encode(x, key[:-1]) for x, key in zip(cut, each, strict=True)]
+    encode = jax.vmap(lambda xs, ks: _encode_all(compressor, xs, ks))
+    payloads, sent = encode(cut, [key[:-1] for key in each])
     decode_rows = jax.vmap(lambda row: _decode_all(compressor, row, own))
-    sent = decode_rows(payloads)
     (received,) = pieces.to_owners([payloads], axis_name)
 
     def decode(row: Any, sender: jax.Array) -> list[jax.Array]:
         decoded = _decode_all(compressor, row, own)
         return [jnp.where(sender == worker, x, y) for x, y in zip(own, decoded, strict=True)]
 
-    means = _mean_of_rows(decode, received, jnp.arange(workers))
+    if compressor.decode_mean is not None:
+        means = _means(compressor, received, own, worker)
+    else:
+        means = _mean_of_rows(decode, received, jnp.arange(workers))
     means = [_without_padding(z, x.size, worker) for z, x in zip(means, messages, strict=True)]
 
     # From the owners to all.
-    payloads = [compressor.encode(z, key[-1]) for z, key in zip(means, each, strict=True)]
-    taken = _decode_all(compressor, payloads, own)
+    payloads, taken = _encode_all(compressor, means, [key[-1] for key in each])
     (told,) = pieces.to_all([payloads], axis_name)
     at_home = [x - workers * (z - y) for x, z, y in zip(own, means, taken, strict=True)]
     sent = [rows.at[worker].set(x) for rows, x in zip(sent, at_home, strict=True)]
@@ -233,6 +236,29 @@ def _mean_of_rows(decode: Callable[..., list[jax.Array]], *rows: Any) -> list[ja
     zeros = core.vary([jnp.zeros(x.shape, x.dtype) for x in like], axes)
     total, _ = jax.lax.scan(add, zeros, rows)
     return [x / len(jax.tree.leaves(rows)[0]) for x in total]
+
+
+def _means(
+    compressor: Compressor, rows: Any, like: _Arrays, owner: jax.Array | None = None
+) -> list[jax.Array]:
+    """The same by a kernel; of the messages of ``owner``, ``like`` are what they are taken for."""
+    assert compressor.decode_mean is not None
+    return [
+        compressor.decode_mean(payloads, _like(x), None if owner is None else (x, owner))
+        for payloads, x in zip(rows, like, strict=True)
+    ]
+
+
+def _encode_all(
+    compressor: Compressor, messages: _Arrays, keys: Sequence[jax.Array]
+) -> tuple[list[Any], list[jax.Array]]:
+    """The payloads of messages, and what these will be taken for."""
+    if compressor.encode_decoded is None:
+        payloads = [compressor.encode(x, key) for x, key in zip(messages, keys, strict=True)]
+        return payloads, _decode_all(compressor, payloads, messages)
+    pairs = zip(messages, keys, strict=True)
+    both = [compressor.encode_decoded(x, key) for x, key in pairs]
+    return [payload for payload, _ in both], [decoded for _, decoded in both]
 
 
 def _travelling(

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers.compression.blocks import (
     absmax_scales,
     block_count,
@@ -36,18 +36,60 @@ class QuantizedPayload(NamedTuple):
     scales: jax.Array  # float32 [blocks]
 
 
-def int8(block: int | None = 256, *, stochastic: bool = False) -> Compressor:
+def int8(
+    block: int | None = 256, *, stochastic: bool = False, impl: kernels.Impl = "auto"
+) -> Compressor:
     """One byte an entry and a float32 scale a block: 127 levels on each side of 0.
 
     Args:
       block: entries that share a scale, B; ``None`` for one scale a tensor. A tensor's last block
         may be shorter.
       stochastic: round up or down at random, without bias, in place of to the nearest.
+      impl: ``"auto"``, ``"xla"``, or by the kernels ``int8_encode`` and ``int8_mean`` for TPUs
+        ``"pallas"``, ``"interpret"`` on a CPU. These round to the nearest, in blocks of a multiple
+        of 128.
 
     Returns:
       n + 4 ceil(n/B) bytes. Nearest: 1 − δ = min(1 − 1/B, B/64516). Stochastic: ω = B/64516.
     """
-    return _integer("int8", 127, block, stochastic)
+    made = _integer("int8", 127, block, stochastic)
+    chosen = kernels.resolve("int8_encode", impl)
+    if chosen == "xla":
+        return made
+    if stochastic or block is None or block % 128:
+        raise ValueError(
+            f"impl={impl!r} needs stochastic=False and a block that is a multiple of 128, got "
+            f"stochastic={stochastic} and block={block}"
+        )
+    return _by_kernels(made, block, chosen)
+
+
+def _by_kernels(plain: Compressor, block: int, impl: kernels.Impl) -> Compressor:
+    """The same, encoded, decoded and averaged in one pass each."""
+
+    def encode_decoded(x: jax.Array, key: jax.Array) -> tuple[QuantizedPayload, jax.Array]:
+        del key  # nothing is drawn
+        codes, scales, decoded = kernels.int8_encode(x, block=block, impl=impl)
+        return QuantizedPayload(codes, scales), decoded
+
+    def decode_mean(
+        payloads: QuantizedPayload,
+        like: jax.ShapeDtypeStruct,
+        own: tuple[jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        return kernels.int8_mean(*payloads, like.shape, own=own, block=block, impl=impl)
+
+    def decode(payload: QuantizedPayload, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """The mean of one message: nothing is rounded again."""
+        return decode_mean(jax.tree.map(lambda x: x[None], payload), like, None)
+
+    return dataclasses.replace(
+        plain,
+        encode=lambda x, key: encode_decoded(x, key)[0],
+        decode=decode,
+        encode_decoded=encode_decoded,
+        decode_mean=decode_mean,
+    )
 
 
 def int4(block: int | None = 64, *, stochastic: bool = False) -> Compressor:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_suite.optimizers import _common, roots
+from jaxopt_suite import kernels
+from jaxopt_suite.optimizers import roots
 from jaxopt_suite.optimizers.shampoo import kronecker
 from jaxopt_suite.optimizers.shampoo.batches import in_batches
 
@@ -34,11 +35,13 @@ class Bases:
       decay: of the statistics.
       one_sided: of a matrix only the shorter dimension is rotated, the last of two equal ones.
       rotate_vectors: whether blocks of one dimension are rotated.
+      gram_impl: how the statistics are updated, see ``kernels.gram_update``.
     """
 
     decay: jax.typing.ArrayLike
     one_sided: bool
     rotate_vectors: bool
+    gram_impl: kernels.Impl = "auto"
 
     def init(self, shape: tuple[int, ...], dtype: Any, mu_dtype: Any) -> Rotated:
         """Moments of zero, no statistics, and bases that are the identity."""
@@ -58,11 +61,9 @@ class Bases:
 
     def observe(self, old: Rotated, gradients: jax.Array, active: jax.Array) -> Rotated:
         """With the statistics of these gradients, if ``active`` (bool ``[]``)."""
-        mean = lambda factor, gram: _common.update_mean(factor, gram, self.decay)
-        new = tuple(
-            None if factor is None else jnp.where(active, mean(factor, gram), factor)
-            for factor, gram in zip(old.factors, kronecker.grams(gradients), strict=True)
-        )
+        decay = jnp.where(active, self.decay, 1.0)
+        weight = jnp.where(active, 1.0 - self.decay, 0.0)
+        new = kronecker.observe(old.factors, gradients, decay, weight, self.gram_impl)
         return old._replace(factors=new)
 
     def refresh(self, due: dict[str, Rotated], *, method: Method) -> dict[str, Rotated]:

@@ -1,29 +1,38 @@
 """Statistics of the modes of stacked blocks, and their roots applied to the modes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxopt_suite import kernels
+
 _MODES = "abcdefghijklmnopqrstuvw"
 
 
-def grams(blocks: jax.Array) -> tuple[jax.Array, ...]:
-    """The Gram matrix of each mode's unfolding: ``G_i G_i^T``.
+def observe(
+    statistics: Sequence[jax.Array | None],
+    blocks: jax.Array,
+    decay: jax.typing.ArrayLike,
+    weight: jax.typing.ArrayLike,
+    impl: kernels.Impl = "auto",
+) -> tuple[Any, ...]:
+    """``decay`` times each mode's statistic plus ``weight`` times ``G_i G_i^T`` of its unfolding.
 
     Args:
+      statistics: for each mode ``[rows, di, di]``, or ``None`` for one that has none.
       blocks: ``[rows, d1, ..., dk]``, k at least 1.
-
-    Returns:
-      k arrays ``[rows, di, di]``, symmetric, in the dtype of ``blocks``.
+      decay: a number.
+      weight: a number.
+      impl: see ``kernels.gram_update``.
     """
-    names = _MODES[: blocks.ndim - 1]
-    found = []
-    for mode in names:
-        other = names.replace(mode, "z")
-        result = f"y{mode}z"
-        found.append(_einsum(f"y{names},y{other}->{result}", blocks, blocks))
-    return tuple(found)
+    return tuple(
+        None
+        if statistic is None
+        else kernels.gram_update(statistic, blocks, decay, weight, mode=mode, impl=impl)
+        for mode, statistic in enumerate(statistics)
+    )
 
 
 def multiply(blocks: jax.Array, matrices: Sequence[jax.Array | None]) -> jax.Array:

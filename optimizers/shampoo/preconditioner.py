@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxopt_suite import kernels
 from jaxopt_suite.optimizers import roots
 from jaxopt_suite.optimizers.shampoo import kronecker
 from jaxopt_suite.optimizers.shampoo.batches import in_batches
@@ -34,6 +35,7 @@ class Kronecker:
       bias_correction: whether a mean is corrected for its beginning at zero.
       factor_dtype: of the statistics; ``None`` is that of the arithmetic.
       root_dtype: of the roots in use; ``None`` likewise.
+      gram_impl: how the statistics are updated, see ``kernels.gram_update``.
     """
 
     b2: jax.typing.ArrayLike
@@ -43,6 +45,7 @@ class Kronecker:
     bias_correction: bool
     factor_dtype: Any
     root_dtype: Any
+    gram_impl: kernels.Impl
 
     def init(self, rows: int, block: tuple[int, ...], dtype: Any) -> Preconditioner:
         """No statistics, and roots that are the identity.
@@ -63,10 +66,7 @@ class Kronecker:
         """With the statistics of a step's gradients ``[rows, d1, ..., dk]``."""
         weight = jnp.asarray(jnp.where(self.b2 == 1, 1.0, 1.0 - self.b2), gradients.dtype)
         decay = jnp.asarray(self.b2, gradients.dtype)
-        new = tuple(
-            (decay * factor.astype(gram.dtype) + weight * gram).astype(factor.dtype)
-            for factor, gram in zip(old.factors, kronecker.grams(gradients), strict=True)
-        )
+        new = kronecker.observe(old.factors, gradients, decay, weight, self.gram_impl)
         weights = (decay * old.weights + weight).astype(old.weights.dtype)
         return old._replace(factors=new, weights=weights)
 

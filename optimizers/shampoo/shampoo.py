@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers import _common, roots
 from jaxopt_suite.optimizers.shampoo import grafting
 from jaxopt_suite.optimizers.shampoo.blocks import Cutting
@@ -39,6 +39,7 @@ def scale_by_shampoo(
     factor_dtype: Any = None,
     root_dtype: Any = None,
     stack_multiple: int = 1,
+    gram_impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions every mode of a gradient by an inverse root of that mode's second moment.
 
@@ -133,6 +134,8 @@ def scale_by_shampoo(
       factor_dtype: of the statistics; ``None`` likewise.
       root_dtype: of the roots; ``None`` likewise.
       stack_multiple: pad every stack to a multiple of this many rows.
+      gram_impl: how L and R are updated: ``"auto"``, ``"xla"``, or by the kernel of
+        ``kernels.gram_update`` for TPUs ``"pallas"``, ``"interpret"`` on a CPU.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Updates keep their dtypes; arithmetic is in
@@ -156,6 +159,7 @@ def scale_by_shampoo(
     core.check_number("momentum", momentum, low=0.0, high=1.0, high_open=True)
     if nesterov and is_zero(momentum):
         raise ValueError(f"nesterov=True needs momentum above 0, got momentum={momentum!r}")
+    core.check_choice("gram_impl", gram_impl, kernels.IMPLS)
     _check_graft(graft, graft_b2, graft_eps, graft_scope)
     rule = Shampoo(
         b1=b1,
@@ -168,6 +172,7 @@ def scale_by_shampoo(
             bias_correction=bias_correction,
             factor_dtype=factor_dtype,
             root_dtype=root_dtype,
+            gram_impl=gram_impl,
         ),
         refresh=make_refresh(refresh, refresh_every, start_step, stack_multiple),
         graft=graft,
@@ -207,6 +212,7 @@ def shampoo(
     factor_dtype: Any = None,
     root_dtype: Any = None,
     stack_multiple: int = 1,
+    gram_impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo: ``scale_by_shampoo``, decoupled weight decay, learning rate.
 
@@ -238,6 +244,7 @@ def shampoo(
       factor_dtype: see there.
       root_dtype: see there.
       stack_multiple: see there.
+      gram_impl: see there.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its updates are added to the parameters.
@@ -282,6 +289,7 @@ def shampoo(
         factor_dtype=factor_dtype,
         root_dtype=root_dtype,
         stack_multiple=stack_multiple,
+        gram_impl=gram_impl,
     )
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import kronecker, stacked
 from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
@@ -141,6 +141,7 @@ def scale_by_soap(
     eps_mode: _common.EpsMode = "corrected",
     mu_dtype: Any = None,
     stack_multiple: int = 1,
+    gram_impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam in the eigenbases of Shampoo's statistics.
 
@@ -198,6 +199,8 @@ def scale_by_soap(
       eps_mode: ``"corrected"``, as ``optax.scale_by_adam`` adds ε, or ``"uncorrected"``.
       mu_dtype: of M; ``None`` is that of the arithmetic.
       stack_multiple: pad every stack to a multiple of this many rows.
+      gram_impl: how L and R are updated: ``"auto"``, ``"xla"``, or by the kernel of
+        ``kernels.gram_update`` for TPUs ``"pallas"``, ``"interpret"`` on a CPU.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Updates keep their dtypes; arithmetic is in
@@ -216,13 +219,16 @@ def scale_by_soap(
         core.check_number("shampoo_beta", shampoo_beta, low=0.0, high=1.0, high_open=True)
     core.check_choice("method", method, ("qr", "eigh"))
     core.check_choice("first_step", first_step, FIRST_STEPS)
+    core.check_choice("gram_impl", gram_impl, kernels.IMPLS)
     rule = _Soap(
         b1=b1,
         b2=b2,
         eps=eps,
         eps_mode=eps_mode,
         cutting=Cutting(block_size, merge_dims, stack_multiple),
-        bases=Bases(b2 if shampoo_beta is None else shampoo_beta, one_sided, rotate_vectors),
+        bases=Bases(
+            b2 if shampoo_beta is None else shampoo_beta, one_sided, rotate_vectors, gram_impl
+        ),
         refresh=make_refresh(refresh, refresh_every, None, stack_multiple),
         method=method,
         skip_first=first_step == "skip",
@@ -251,6 +257,7 @@ def soap(
     eps_mode: _common.EpsMode = "corrected",
     mu_dtype: Any = None,
     stack_multiple: int = 1,
+    gram_impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: ``scale_by_soap``, decoupled weight decay, learning rate.
 
@@ -273,6 +280,7 @@ def soap(
       eps_mode: see there.
       mu_dtype: see there.
       stack_multiple: see there.
+      gram_impl: see there.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its updates are added to the parameters.
@@ -311,5 +319,6 @@ def soap(
         eps_mode=eps_mode,
         mu_dtype=mu_dtype,
         stack_multiple=stack_multiple,
+        gram_impl=gram_impl,
     )
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)

@@ -26,6 +26,7 @@ OWN = {
     "scaling_speed.json": {"name", "starts", "resamples", "seconds", "seconds_every_start_refined"}
     | {"compile_seconds", "scipy_differences", "scipy_gradient", "times_faster", "objective"}
     | {"times_faster_than_gradient", "status"},
+    "shampoo_times.json": {"part", "preset"},
     "roots.json": {"order", "damping", "accuracy", "times"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }

@@ -98,7 +98,8 @@ def test_gram_matrices_and_products_are_those_of_the_unfoldings():
         x = rng.normal(size=(5, *shape)).astype(np.float32)
         matrices = [rng.normal(size=(5, d, d)).astype(np.float32) for d in shape]
         matrices[-1] = None  # the identity
-        grams, product = kronecker.grams(x), kronecker.multiply(x, matrices)
+        zeros = [np.zeros((5, d, d), np.float32) for d in shape]
+        grams, product = kronecker.observe(zeros, x, 0.0, 1.0), kronecker.multiply(x, matrices)
         for row in range(5):
             expected = x[row]
             for mode, matrix in enumerate(matrices):

@@ -1,0 +1,81 @@
+"""What is compiled: each kernel at sizes at which it would be used."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from jaxopt_suite import kernels
+from jaxopt_suite.optimizers.compression import compressors
+
+
+class Case(NamedTuple):
+    """A function of arrays, to be compiled with and without its kernel."""
+
+    kernel: str  # name of the public function
+    what: str  # in words
+    call: Callable[..., Any]  # takes the arrays, and ``impl``
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    donated: tuple[int, ...]
+
+
+def all_cases() -> Iterator[Case]:
+    """Every kernel's cases."""
+    yield from _gram_updates()
+    yield from _int8_messages()
+
+
+def _gram_updates() -> Iterator[Case]:
+    """Statistics of eight blocks, as Shampoo and SOAP keep them, of rows and of columns."""
+    for size, dtype in ((1024, "float32"), (1024, "bfloat16"), (2048, "float32"), (768, "float32")):
+        for mode in (0, 1):
+            yield Case(
+                "gram_update",
+                f"8 blocks of {size} by {size}, {dtype}, of their {('rows', 'columns')[mode]}",
+                functools.partial(kernels.gram_update, decay=0.95, weight=0.05, mode=mode),
+                (_array(8, size, size), _array(8, size, size, dtype=dtype)),
+                (0,),
+            )
+
+
+def _int8_messages() -> Iterator[Case]:
+    """A matrix with error feedback, and eight workers' messages of it."""
+    shape, workers = (2048, 8192), 8
+    size = shape[0] * shape[1]
+
+    def encode(x: jax.Array, residual: jax.Array, impl: str) -> Any:
+        codec, message = compressors.int8(impl=impl), x + residual
+        if impl == "xla":
+            payload = codec.encode(message, None)
+            return payload, message - codec.decode(payload, message)
+        payload, decoded = codec.encode_decoded(message, None)
+        return payload, message - decoded
+
+    yield Case(
+        "int8_encode",
+        f"{shape[0]} by {shape[1]} and its residual",
+        encode,
+        (_array(*shape), _array(*shape)),
+        (1,),
+    )
+    yield Case(
+        "int8_mean",
+        f"{workers} messages of {shape[0]} by {shape[1]}; of XLA's loop one round counted",
+        functools.partial(kernels.int8_mean, shape=shape),
+        (_array(workers, size, dtype="int8"), _array(workers, size // 256)),
+        (),
+    )
+
+
+def _array(*shape: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def compiled(case: Case, impl: str, place: Sharding) -> Any:
+    """The program of a case on the device of ``place``, which need not be here."""
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in case.arguments]
+    call = functools.partial(case.call, impl=impl)
+    return jax.jit(call, donate_argnums=case.donated).lower(*arguments).compile()

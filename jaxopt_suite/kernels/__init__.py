@@ -1,0 +1,7 @@
+"""Pallas kernels, each beside its definition in plain JAX; ``impl=`` says which of them runs."""
+
+from jaxopt_suite.kernels.gram import gram_update
+from jaxopt_suite.kernels.implementations import IMPLS, Impl, resolve
+from jaxopt_suite.kernels.int8 import Encoded, int8_encode, int8_mean
+
+__all__ = ["IMPLS", "Encoded", "Impl", "gram_update", "int8_encode", "int8_mean", "resolve"]

@@ -1,0 +1,120 @@
+"""Kernels compiled for TPUs that are not there: accepted, in the program, without copies."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_suite import kernels, parallel
+from jaxopt_suite.optimizers.compression import compressed_mean, compressors
+from jaxopt_suite.optimizers.shampoo import shampoo
+from jaxopt_suite.parallel import topologies
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra tpu-aot (libtpu)"
+)
+CHIPS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    for name, value in topologies.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+
+
+def one_chip(topology):
+    devices = np.array(topologies.describe(topology).devices[:1])
+    return NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
+
+
+def compiled(fn, topology, *structs, donate=()):
+    place = one_chip(topology)
+    args = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in structs]
+    return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("mode", [0, 1])
+def test_the_gram_update_compiles_and_writes_over_its_statistic(topology, mode):
+    update = lambda s, g: kernels.gram_update(s, g, 0.9, 0.1, mode=mode, impl="pallas")
+    k, d, n = 8, 1152, 1280  # rests of tiles; other multiples than of 128 XLA may lay out anew
+    shape = (k, d, n) if mode == 0 else (k, n, d)
+    program = compiled(
+        update, topology, ((k, d, d), jnp.float32), (shape, jnp.float32), donate=(0,)
+    )
+    memory = program.memory_analysis()
+    assert "gram_update" in program.as_text()
+    assert memory.alias_size_in_bytes == memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 2**20  # of 42 MB of statistics none is copied
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "dtype", "kept"),
+    [
+        ((3, 19, 7), 0, jnp.float32, jnp.float32),
+        ((3, 7, 19), 1, jnp.float32, jnp.bfloat16),
+        ((2, 600, 40), 0, jnp.bfloat16, jnp.float32),
+        ((2, 40, 600), 1, jnp.bfloat16, jnp.bfloat16),
+        ((2, 500), 0, jnp.float32, jnp.float32),
+        ((2, 1, 1), 0, jnp.float32, jnp.float32),
+        ((2, 3, 130, 64), 1, jnp.float32, jnp.float32),
+    ],
+)
+def test_the_gram_update_compiles_for_shapes_that_fit_no_tile(shape, mode, dtype, kept):
+    update = functools.partial(kernels.gram_update, mode=mode, impl="pallas")
+    d = shape[mode + 1]
+    structs = ((shape[0], d, d), kept), (shape, dtype), ((), jnp.float32), ((), jnp.float32)
+    assert "gram_update" in compiled(update, "v5e:2x2", *structs).as_text()
+
+
+def test_a_train_step_on_sixteen_chips_has_the_kernel_on_every_one():
+    devices = topologies.describe("v5e:4x4").devices
+    mesh = parallel.make_mesh({"data": 4, "model": 4}, devices=devices)
+    params = {"w": jax.ShapeDtypeStruct((512, 2048), jnp.float32)}
+    settings = {"block_size": 512, "solver": "coupled_newton", "stack_multiple": 16}
+    tx = shampoo(0.1, gram_impl="pallas", **settings)
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+    step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": P(None, "model")})
+    program = step.lower(params, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
+    calls = [line for line in program.as_text().splitlines() if "gram_update" in line]
+    assert sum("custom-call" in line for line in calls) == 2  # one a side
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("shape", [(1000, 4352), (777, 300)])
+def test_int8_compiles_and_needs_no_temporary_memory_where_blocks_lie_in_rows(topology, shape):
+    encode = functools.partial(kernels.int8_encode, impl="pallas")
+    program = compiled(encode, topology, (shape, jnp.float32))
+    assert "int8_encode" in program.as_text()
+    size = shape[0] * shape[1]
+    if shape[1] % 256 == 0:
+        assert (
+            program.memory_analysis().temp_size_in_bytes < 2 * size
+        )  # codes, before they lie flat
+
+    mean = lambda codes, scales: kernels.int8_mean(codes, scales, shape, impl="pallas")
+    payloads = ((4, size), jnp.int8), ((4, -(-size // 256)), jnp.float32)
+    assert "int8_mean" in compiled(mean, topology, *payloads).as_text()
+
+
+def test_a_train_step_of_eight_workers_moves_less_memory_with_the_int8_kernels():
+    mesh = parallel.make_mesh({"worker": 8}, devices=topologies.describe("v5e:2x4").devices)
+    params = {"w": jax.ShapeDtypeStruct((1024, 4096), jnp.float32)}
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+
+    def bytes_accessed(impl):
+        mean = compressed_mean(compressors.int8(impl=impl), axis_name="worker", exchange="gather")
+        step = parallel.make_train_step(
+            loss, optax.chain(mean, optax.sgd(0.1)), mesh, worker_axis="worker"
+        )
+        program = step.lower(params, jax.ShapeDtypeStruct((64, 1024), jnp.float32)).compile()
+        assert ("int8_encode" in program.as_text()) == (impl == "pallas")
+        return program.cost_analysis()["bytes accessed"]
+
+    assert bytes_accessed("pallas") < 0.7 * bytes_accessed("xla")
