@@ -85,11 +85,11 @@ def _panel(axes: Axes, curves: Mapping[str, Curve], looks: Looks, *, against: st
     finish = max(curve.steps[-1] for curve in curves.values())
     for name, curve in curves.items():
         x = getattr(curve, against)
+        shown = slice(1, None) if against == "sent" else slice(None)  # a logarithmic scale has no 0
         order = 2 if name == BASELINE else 3
-        axes.plot(x, curve.mean, linewidth=1.8, zorder=order, **looks[name])
-        axes.fill_between(
-            x, curve.low, curve.high, color=str(looks[name]["color"]), alpha=0.25, linewidth=0
-        )
+        axes.plot(x[shown], curve.mean[shown], linewidth=1.8, zorder=order, **looks[name])
+        color, band = str(looks[name]["color"]), (curve.low[shown], curve.high[shown])
+        axes.fill_between(x[shown], *band, color=color, alpha=0.25, linewidth=0)
         if curve.steps[-1] < finish:
             axes.plot(x[-1:], curve.mean[-1:], marker="X", markersize=7, color=looks[name]["color"])
     axes.set_xlim(0, max(float(getattr(curve, against)[-1]) for curve in curves.values()) or 1.0)

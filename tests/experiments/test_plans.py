@@ -79,6 +79,22 @@ def test_settings_reach_the_optimizer_they_are_for():
     assert parts["optimizer state"] == pytest.approx(1.5 * parts["parameters"], rel=1e-4)
 
 
+def test_an_outer_loop_s_bytes_are_those_of_a_round_with_the_largest_step_beside(monkeypatch):
+    small = model.ModelConfig(d_model=16, n_layers=1, n_heads=2, d_ff=32)
+    monkeypatch.setattr(model, "PRESETS", {**model.PRESETS, "nano": small})
+    config = dataclasses.replace(
+        CONFIG, mesh="worker=8", compare=None, diloco_workers=8, sync_every=10
+    )
+    plans = make_plans(config, topology=_pod())
+    (link,) = plans["adamw"].links
+    metrics = 2 * 7 / 8 * 12
+    outer = 2 * 7 / 8 * (4 * model.n_params(small) + 8)  # and two numbers
+    assert (link.axes, link.largest) == (("worker",), metrics + outer)
+    assert link.nbytes == pytest.approx(metrics + outer / 10, rel=1e-12)
+    _, step = plan_report.grids(Report(plans, dataclasses.asdict(config), "", {})).values()
+    assert [row[0] for row in step.rows][2:4] == ["bytes sent over worker", "in the largest step"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -224,6 +224,8 @@ def test_curves_are_drawn_against_steps_tokens_seconds_and_where_any_are_sent_by
     assert labels(figure) == ["step", "training seconds", "bytes sent per device"]
     assert figure.axes[2].get_xlim() == pytest.approx([10 * 4e4, 30 * 4e6])
     assert figure.axes[2].get_xscale() == "log"
+    (adamw, *_) = figure.axes[2].lines
+    assert adamw.get_xdata().tolist() == [4e7, 8e7, 12e7]  # not from nothing
 
 
 def test_an_outer_loop_around_all_is_said():
