@@ -1,4 +1,4 @@
-"""The measured parts of ``docs/guides/communication.md``: its tables and its pictures."""
+"""The measured parts of the guides to communication and outer loops: tables and pictures."""
 
 import hashlib
 import json
@@ -32,6 +32,11 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "wire": _wire(_results.load(results / "compressed_bytes.json")),
         "overhead": _overhead(_results.load(results / "compression_overhead.json")),
     }
+
+
+def outer_loop_sections(results: pathlib.Path) -> dict[str, str]:
+    """The same for ``docs/guides/outer-loops.md``."""
+    return {"diloco": _outer_loops(_results.load(results / "outer_loop_bytes.json"))}
 
 
 def fill(text: str, parts: Mapping[str, str]) -> str:
@@ -134,6 +139,37 @@ def _wire(rows: _Rows) -> str:
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "place": f"{row['topology']}, {row['mesh']}"}
+
+
+def _outer_loops(rows: _Rows) -> str:
+    if not rows:
+        return "No measurements yet.\n"
+    row = rows[-1]
+    head = ["method", "per step", "times fewer", "largest step", "every step", "state", "peak"]
+    cells = [
+        [
+            f"{e['method']} (`{e['recipe']}`)",
+            _size(e["per_step"]),
+            f"{e['times_fewer']:.0f}",
+            _size(e["largest_step"]),
+            _of_every_step(e["always"]),
+            f"{e['arguments'] / e['parameter_bytes']:.2f}",
+            _size(e["peak"]),
+        ]
+        for e in row["entries"]
+    ]
+    title = (
+        f"**{row['topology']}, {row['mesh']}**: {row['parameters'] / 1e6:.0f} million parameters, "
+        f"a round of {row['sync_every']} steps.\n"
+    )
+    return f"{title}\n{table(head, cells)}\n{measured(row)}"
+
+
+def _of_every_step(always: list[list[Any]]) -> str:
+    """The collectives in no branch: the metrics' in bytes, all others in number and bytes."""
+    told = [f"metrics, {_size(payload)}" for _, payload, _, metrics in always if metrics]
+    others = [payload * times for _, payload, times, metrics in always if not metrics]
+    return "; ".join(told + ([f"{len(others)} more, {_size(sum(others))}"] if others else []))
 
 
 def _overhead(rows: _Rows) -> str:

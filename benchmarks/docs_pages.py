@@ -17,6 +17,7 @@ from benchmarks import (
     docs_communication,
     docs_kernels,
     docs_laws,
+    docs_shampoo,
     docs_utilisation,
 )
 from benchmarks.markdown import measured, table
@@ -229,22 +230,21 @@ def _target(entry: Mapping[str, Any]) -> str:
     return f"{entry['target']:.2f}: {'reached' if entry['reached'] else 'missed'}"
 
 
-def communication(results: pathlib.Path = _results.RESULTS) -> str:
-    """``docs/guides/communication.md``, written by hand, with its measured parts renewed."""
-    text = (DOCS / "guides" / "communication.md").read_text()
-    return docs_communication.fill(text, docs_communication.sections(results))
+def _guide(name: str, sections: Callable[[pathlib.Path], dict[str, str]]) -> Callable[..., str]:
+    """Makes a page of ``docs/guides``, written by hand, with its measured parts renewed."""
+
+    def page(results: pathlib.Path = _results.RESULTS) -> str:
+        text = (DOCS / "guides" / name).read_text()
+        return docs_communication.fill(text, sections(results))
+
+    return page
 
 
-def bandwidth(results: pathlib.Path = _results.RESULTS) -> str:
-    """``docs/guides/bandwidth.md``, written by hand, with its measured part renewed."""
-    text = (DOCS / "guides" / "bandwidth.md").read_text()
-    return docs_communication.fill(text, docs_utilisation.sections(results))
-
-
-def kernels(results: pathlib.Path = _results.RESULTS) -> str:
-    """``docs/guides/kernels.md``, written by hand, with its measured part renewed."""
-    text = (DOCS / "guides" / "kernels.md").read_text()
-    return docs_communication.fill(text, docs_kernels.sections(results))
+communication = _guide("communication.md", docs_communication.sections)
+outer_loops = _guide("outer-loops.md", docs_communication.outer_loop_sections)
+bandwidth = _guide("bandwidth.md", docs_utilisation.sections)
+shampoo = _guide("shampoo.md", docs_shampoo.sections)
+kernels = _guide("kernels.md", docs_kernels.sections)
 
 
 def laws(results: pathlib.Path = _results.RESULTS) -> str:
@@ -259,12 +259,14 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "laws.md": laws,
     "guides/communication.md": communication,
     "guides/bandwidth.md": bandwidth,
+    "guides/shampoo.md": shampoo,
     "guides/kernels.md": kernels,
+    "guides/outer-loops.md": outer_loops,
 }
 
 
 def _pictures() -> dict[str, tuple[str, Callable[[], Figure]]]:
-    parts = (docs_communication, docs_utilisation)
+    parts = (docs_communication, docs_utilisation, docs_shampoo)
     return {name: made for part in parts for name, made in part.pictures(_results.RESULTS).items()}
 
 

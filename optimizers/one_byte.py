@@ -264,7 +264,7 @@ def one_byte(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from jaxopt_suite import parallel
-      >>> from jaxopt_suite.optimizers import one_byte
+      >>> from jaxopt_suite.optimizers.one_byte import one_byte
       >>> tx = one_byte(0.03, axis_name="worker", samples=4)
       >>> def worker(x, target):
       ...     loss = lambda x: jnp.sum((x - target) ** 2)

@@ -59,6 +59,8 @@ class Recipe:
       communicates: whether it calls collectives; such a factory has an argument ``axis_name``.
       apart: whether workers' parameters differ between its synchronisations.
       wire: what a worker sends per step for an m-by-n matrix, in bytes; N workers.
+      steps_per_round: as a function of the hyperparameters, the steps in which each branch of the
+        program that sends something between workers is taken once; None: not known.
       schedule: the learning-rate schedule it is meant for: ``"cosine"`` or ``"constant"``, both
         after a linear warm-up.
       eval_params: ``(opt_state, params) -> params``: where to evaluate, if not at the parameters
@@ -76,6 +78,7 @@ class Recipe:
     communicates: bool = False
     apart: bool = False
     wire: str = "nothing"
+    steps_per_round: Callable[..., int | None] = lambda **_: None
     schedule: str = "cosine"
     eval_params: Callable[[Any, Any], Any] | None = None
 
@@ -323,7 +326,14 @@ def _communicating() -> list[Recipe]:
 
 def _apart() -> list[Recipe]:
     """Those with an outer loop: AdamW inside, of which a worker has its own."""
-    apart = functools.partial(Recipe, communicates=True, apart=True, eval_params=outer_params)
+    apart = functools.partial(
+        Recipe,
+        communicates=True,
+        apart=True,
+        eval_params=outer_params,
+        # A function of the count has no one answer.
+        steps_per_round=lambda *, sync_every, **_: None if callable(sync_every) else sync_every,
+    )
     return [
         apart(
             name="diloco",

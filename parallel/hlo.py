@@ -147,7 +147,7 @@ class Times:
 
     count: int
     exact: bool  # False: inside a loop whose number of trips is unknown, counted as one trip
-    conditional: bool  # True: inside a branch; the count is that of every branch being taken
+    branch: tuple[str, str] | None  # outermost conditional, its branch; counted as taken
 
 
 _HEADER = re.compile(r"HloModule ([\w.\-]+)")
@@ -309,30 +309,31 @@ def executions(module: Module) -> Mapping[str, Times]:
       By computation name. A loop whose trips cannot be read from the text counts as one trip and
       makes everything in it inexact.
     """
-    times = {module.entry: Times(1, True, False)}
+    times = {module.entry: Times(1, True, None)}
     for name in _callers_first(module):
         caller = times[name]
         for callee, trips, branch in _calls(module, name):
-            before = times.get(callee, Times(0, True, False))
+            before = times.get(callee, Times(0, True, None))
             times[callee] = Times(
                 count=before.count + caller.count * (1 if trips is None else trips),
                 exact=before.exact and caller.exact and trips is not None,
-                conditional=before.conditional or caller.conditional or branch,
+                branch=before.branch or caller.branch or branch,
             )
     return times
 
 
-def _calls(module: Module, name: str) -> Iterator[tuple[str, int | None, bool]]:
-    """What a computation runs: callee, times for each time of its own, whether it is a branch."""
+def _calls(module: Module, name: str) -> Iterator[tuple[str, int | None, tuple[str, str] | None]]:
+    """What a computation runs: callee, times for each time of its own, of what it is a branch."""
     for instruction in module.computations[name].instructions:
         opcode, called = instruction.opcode, instruction.called
         if opcode == "while":
             trips = trip_count(module, name, instruction)
             tests = None if trips is None else trips + 1
-            yield instruction.computation("body") or "", trips, False
-            yield instruction.computation("condition") or "", tests, False
+            yield instruction.computation("body") or "", trips, None
+            yield instruction.computation("condition") or "", tests, None
         elif opcode.removesuffix("-start") in _RUNS_CALLED:
-            yield from ((callee, 1, opcode == "conditional") for callee in called)
+            of = instruction.name if opcode == "conditional" else None
+            yield from ((callee, 1, (of, callee) if of else None) for callee in called)
 
 
 def _callers_first(module: Module) -> list[str]:

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxopt_suite.parallel.offload import host_shardings
+from jaxopt_suite.parallel.offload import host_shardings, to_device, to_host
 from jaxopt_suite.parallel.specs import broadcast_specs, check_specs, zero_specs
 from jaxopt_suite.parallel.state_specs import state_specs
 from jaxopt_suite.parallel.workers import map_axes, result_axes
@@ -50,6 +50,19 @@ class Layout:
             return None
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
+    def fetched(self, state: TrainState) -> TrainState:
+        """Inside ``jit``: the state with what rests with the hosts on the devices."""
+        if self.device_state is None:
+            return state
+        return state._replace(opt_state=to_device(state.opt_state, self.device_state))
+
+    def put_back(self, state: TrainState) -> TrainState:
+        """Inside ``jit``: the state with all of it where it rests, see ``offload.to_host``."""
+        if self.device_state is None:
+            return state
+        at_rest = jax.tree.map(lambda x: x.sharding, self.abstract_state.opt_state)
+        return state._replace(opt_state=to_host(state.opt_state, at_rest))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
@@ -61,6 +74,18 @@ class Placement:
     workers: int
     shard_state_over: tuple[str, ...]
     offload_state: bool
+
+    @property
+    def replicated(self) -> NamedSharding | None:
+        """How what is whole on every device lies; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def one_per_worker(self) -> NamedSharding | None:
+        """How one number for each worker lies; None without a mesh or without workers."""
+        if self.mesh is None or self.worker_axis is None:
+            return None
+        return NamedSharding(self.mesh, PartitionSpec(self.worker_axis))
 
     def layout(self, tx: optax.GradientTransformationExtraArgs, params_like: Any) -> Layout:
         """The layout for one worker's parameters of these shapes and dtypes.

@@ -32,13 +32,15 @@ class Link:
 
     Attributes:
       axes: mesh axes; empty for what cannot be attributed.
-      nbytes: sent by one device, under the ring model.
+      nbytes: sent by one device, under the ring model; where steps differ, the mean over a round.
+      largest: sent by one device in the step that sends the most.
       bandwidth: of one device along these axes, bytes/s.
       path: where that goes, in words.
     """
 
     axes: tuple[str, ...]
     nbytes: float
+    largest: float
     bandwidth: float
     path: str
 
@@ -180,6 +182,7 @@ def plan(
     topology: str | Topology,
     mesh: Mapping[str, int],
     model_flops: float | None = None,
+    steps_per_round: int | None = None,
 ) -> Plan:
     """Compiles a train step for a topology and reads off what it needs.
 
@@ -190,6 +193,8 @@ def plan(
       topology: its name, such as ``"v5e:16x16"``, or what ``topologies.describe`` gave.
       mesh: sizes by axis name; their product is the number of devices.
       model_flops: what the model needs per step, on all devices together, for ``utilization``.
+      steps_per_round: steps in which each branch that sends between workers is taken once, as an
+        outer loop's. None: branches count as if all were taken in every step.
 
     Returns:
       The plan, whether or not the step fits.
@@ -225,7 +230,7 @@ def plan(
         exact=flops.exact,
         model_flops=model_flops,
         hbm_bytes=cost.hbm_bytes(module),
-        links=_links(module, grid, pod),
+        links=_links(module, grid, pod, steps_per_round, step.placement.worker_axis),
         compile_seconds=seconds,
     )
 
@@ -281,11 +286,18 @@ def _gradient_shapes(state: Any) -> set[tuple[int, ...]]:
     return shapes | {tuple(size for size in shape if size != 1) for shape in shapes}
 
 
-def _links(module: hlo.Module, mesh: Mesh, pod: Topology) -> tuple[Link, ...]:
+def _links(
+    module: hlo.Module, mesh: Mesh, pod: Topology, steps: int | None, worker_axis: str | None
+) -> tuple[Link, ...]:
+    found: dict[tuple[str, ...] | None, list[wire.Collective]] = {}
+    for c in wire.collectives(module, mesh):
+        if c.nbytes:
+            found.setdefault(c.axes, []).append(c)
     links = []
-    for axes, nbytes in wire.bytes_by_axis(module, mesh).items():
+    for axes, along in found.items():
+        sent = wire.traffic(along, steps=steps, axis=worker_axis)
         bandwidth, path = pod.bandwidth(mesh, axes or tuple(mesh.axis_names))
-        links.append(Link(axes or (), nbytes, bandwidth, path))
+        links.append(Link(axes or (), sent.mean, sent.largest, bandwidth, path))
     return tuple(links)
 
 

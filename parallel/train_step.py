@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_suite.core.checks import check_int
 from jaxopt_suite.parallel.arguments import (
@@ -18,12 +18,10 @@ from jaxopt_suite.parallel.arguments import (
     check_meshless,
     full_batch_spec,
 )
-from jaxopt_suite.parallel.gradients import loss_and_gradient
-from jaxopt_suite.parallel.layout import Layout, Placement, TrainState, apply
-from jaxopt_suite.parallel.metrics import Metrics, measure
-from jaxopt_suite.parallel.offload import to_device, to_host
-from jaxopt_suite.parallel.placing import constrain, place
-from jaxopt_suite.parallel.workers import map_workers
+from jaxopt_suite.parallel.layout import Layout, Placement, TrainState
+from jaxopt_suite.parallel.metrics import Metrics
+from jaxopt_suite.parallel.placing import place
+from jaxopt_suite.parallel.step_functions import StepFunctions
 
 
 class _Steps(NamedTuple):
@@ -73,7 +71,7 @@ class TrainStep:
             # An array that was merely passed through would be the caller's own, and the first step
             # would donate it.
             own = jax.tree.map(jnp.copy, given[0]) if make is None else make()
-            return self._initial(layout, own)
+            return self._functions.initial(layout, own)
 
         if make is None and self.mesh is not None:
             params = place(params, _shardings(self.mesh, layout.param_specs))
@@ -106,7 +104,7 @@ class TrainStep:
         if not isinstance(active, jax.Array):
             active = np.asarray(active, np.float32)
         self._check_active(active.shape)
-        own = self._of_workers()
+        own = self.placement.one_per_worker
         return steps.weighted(state, batch, active if own is None else place(active, own))
 
     def lower(
@@ -129,7 +127,7 @@ class TrainStep:
             return steps.plain.lower(layout.abstract_state, batch)
         self._check_active((self.placement.workers,))
         weights = jax.ShapeDtypeStruct(
-            (self.placement.workers,), jnp.float32, sharding=self._of_workers()
+            (self.placement.workers,), jnp.float32, sharding=self.placement.one_per_worker
         )
         return steps.weighted.lower(layout.abstract_state, batch, weights)
 
@@ -181,6 +179,10 @@ class TrainStep:
         """How every leaf of a batch is laid out; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.batch_spec)
 
+    @property
+    def _functions(self) -> StepFunctions:
+        return StepFunctions(self.loss_fn, self.tx, self.placement, self.accumulate)
+
     def _check_active(self, shape: tuple[int, ...]) -> None:
         if self.placement.worker_axis is None or shape != (self.placement.workers,):
             axis, workers = self.placement.worker_axis, self.placement.workers
@@ -195,18 +197,17 @@ class TrainStep:
         if key not in self._compiled:
             layout = self.placement.layout(self.tx, params_like)
             inputs = layout.state_shardings, self.batch_sharding
-            steps = _Steps(
-                self._jitted(layout, inputs), self._jitted(layout, (*inputs, self._of_workers()))
-            )
+            weighted = (*inputs, self.placement.one_per_worker)
+            steps = _Steps(self._jitted(layout, inputs), self._jitted(layout, weighted))
             structure = jax.tree.structure(layout.abstract_state)
             self._compiled[key] = self._compiled[structure] = layout, steps
         return self._compiled[key]
 
     def _jitted(self, layout: Layout, in_shardings: tuple[Any, ...]) -> Any:
         return jax.jit(
-            functools.partial(self._step, layout),
+            functools.partial(self._functions.step, layout),
             in_shardings=in_shardings,
-            out_shardings=(layout.state_shardings, self._replicated()),
+            out_shardings=(layout.state_shardings, self.placement.replicated),
             donate_argnums=0,
             compiler_options=self._compiler_options(),
         )
@@ -229,102 +230,6 @@ class TrainStep:
                 f"abstract_state of the same TrainStep; got {jax.tree.structure(state)}"
             )
         return found[1]
-
-    def _replicated(self) -> NamedSharding | None:
-        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-
-    def _of_workers(self) -> NamedSharding | None:
-        """How one number for each worker lies."""
-        if self.mesh is None or self.placement.worker_axis is None:
-            return None
-        return NamedSharding(self.mesh, PartitionSpec(self.placement.worker_axis))
-
-    # What is compiled.
-
-    def _initial(self, layout: Layout, params: Any) -> TrainState:
-        make = lambda p: TrainState(p, self.tx.init(p))
-        return self._on_mesh(self._per_worker(make, (None,), layout.axes), layout.state_shardings)(
-            params
-        )
-
-    def _step(
-        self, layout: Layout, state: TrainState, batch: Any, *active: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        if layout.device_state is not None:
-            state = state._replace(opt_state=to_device(state.opt_state, layout.device_state))
-        if self.placement.worker_axis is not None:
-            workers = self.placement.workers
-            batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch)
-        one = self._per_worker(
-            functools.partial(self._one_worker, layout),
-            (layout.axes, 0, *(0 for _ in active)),
-            (layout.axes, None),
-        )
-        shardings = layout.state_shardings, self._replicated()
-        state, metrics = self._on_mesh(one, shardings)(state, batch, *active)
-        if layout.device_state is not None:
-            at_rest = jax.tree.map(lambda x: x.sharding, layout.abstract_state.opt_state)
-            state = state._replace(opt_state=to_host(state.opt_state, at_rest))
-        return state, metrics
-
-    def _on_mesh(self, fn: Callable[..., Any], out_sharding: Any) -> Callable[..., Any]:
-        """``fn`` traced with all axes left to the partitioner, whatever types the mesh has."""
-        mesh = self.mesh
-        if mesh is None:
-            return fn
-        explicit = tuple(
-            name
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind == AxisType.Explicit
-        )
-        if explicit:
-            return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out_sharding)
-
-        def in_context(*args: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return fn(*args)
-
-        return in_context
-
-    def _per_worker(self, fn: Callable[..., Any], in_axes: Any, out_axes: Any) -> Any:
-        axis_name = self.placement.worker_axis
-        if axis_name is None:
-            return fn
-
-        def mapped(*args: Any) -> Any:
-            # The mesh of the context: its axes are automatic, where those of ours may be explicit.
-            mesh = None if self.mesh is None else jax.sharding.get_abstract_mesh()
-            run = map_workers(
-                fn,
-                axis_name=axis_name,
-                mesh=mesh,
-                size=self.placement.workers,
-                in_axes=in_axes,
-                out_axes=out_axes,
-            )
-            return run(*args)
-
-        return mapped
-
-    def _one_worker(
-        self, layout: Layout, state: TrainState, batch: Any, active: jax.Array | None = None
-    ) -> tuple[TrainState, Metrics]:
-        axis = self.placement.worker_axis
-        with jax.named_scope("gradients"):
-            gradient = loss_and_gradient(self.loss_fn, accumulate=self.accumulate, axis_name=axis)
-            loss, grads = gradient(state.params, batch)
-            grads = constrain(grads, layout.update_specs)
-        with jax.named_scope("optimizer"):
-            # With ZeRO axes each device updates its part of the parameters, and only then are they
-            # put together again.
-            at = state._replace(params=constrain(state.params, layout.update_specs))
-            meshless = self.mesh is None and axis is None
-            extra = {} if meshless else {"param_specs": layout.update_specs}
-            extra |= {} if active is None else {"active": active}
-            updates, state = apply(self.tx, grads, at, **extra)
-            state = state._replace(params=constrain(state.params, layout.param_specs))
-        with jax.named_scope("metrics"):
-            return state, measure(loss, grads, updates, axis_name=axis, active=active)
 
 
 def make_train_step(

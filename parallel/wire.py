@@ -17,8 +17,9 @@ printed: without the padding of tiles, with the padding that XLA made part of th
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -44,7 +45,7 @@ class Collective:
     axes: tuple[str, ...] | None  # mesh axes in mesh order; None: no mesh given, or not whole axes
     times: int  # executions in one of the program
     exact: bool  # False: an unknown number of times or of bytes; see `collectives`
-    conditional: bool  # in a branch that may not be taken
+    branch: tuple[str, str] | None  # the outermost conditional it is in, and the branch of that
     name: str  # of the instruction
     op_name: str  # JAX's name stack
 
@@ -52,6 +53,18 @@ class Collective:
     def total(self) -> float:
         """Bytes sent per device in one execution of the program."""
         return self.nbytes * self.times
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is in a branch that may not be taken."""
+        return self.branch is not None
+
+
+class Traffic(NamedTuple):
+    """Bytes that one device sends in a step, where not all steps send alike."""
+
+    mean: float  # over a round of steps
+    largest: float  # of the step that sends the most
 
 
 _GROUPED = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all")
@@ -107,6 +120,35 @@ def bytes_sent(
     """
     found = collectives(compiled, mesh)
     return sum((c.total for c in found if conditional or not c.conditional), 0.0)
+
+
+def traffic(
+    found: Iterable[Collective], *, steps: int | None = None, axis: str | None = None
+) -> Traffic:
+    """Mean and largest bytes of a step of a program that is run again and again.
+
+    A program does not say how often a branch is taken; an outer loop does, once in ``steps``
+    executions of the program. The step that sends the most is one in which every conditional takes
+    its dearest branch.
+
+    Args:
+      found: what ``collectives`` gave.
+      steps: executions of the program in which each branch is taken once. None: not known, and
+        branches count as if all of them were always taken, which is the most there can be.
+      axis: the mesh axis that ``steps`` is about; branches count so too for what does not go along
+        it. None: it is about all branches.
+    """
+    always, branches = 0.0, defaultdict[str, dict[str, float]](lambda: defaultdict(float))
+    for c in found:
+        concerned = axis is None or (c.axes is not None and axis in c.axes)
+        if steps is None or c.branch is None or not concerned:
+            always += c.total
+        else:
+            conditional, branch = c.branch
+            branches[conditional][branch] += c.total
+    dearest = sum(max(sent.values()) for sent in branches.values())
+    every = sum(sum(sent.values()) for sent in branches.values())
+    return Traffic(always + every / (steps or 1), always + dearest)
 
 
 def bytes_by_axis(
@@ -196,7 +238,7 @@ def _collective(
         axes=axes,
         times=times.count,
         exact=times.exact and kind != "ragged-all-to-all",
-        conditional=times.conditional,
+        branch=times.branch,
         name=instruction.name,
         op_name=instruction.op_name,
     )

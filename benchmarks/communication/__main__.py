@@ -3,6 +3,7 @@
 ``wire``: bytes in programs compiled for TPUs (needs the extra ``tpu-aot``, and no TPU); meshes may
 follow.
 ``recipes``: collectives of the recipes in such programs.
+``diloco``: bytes of outer loops in such programs, averaged over a round, and memory.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
 ``utilisation``: the bandwidth that a share of computing needs, beside published figures.
@@ -15,7 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import _results
-from benchmarks.communication import overhead, recipes, task, utilisation, wire_bytes
+from benchmarks.communication import (
+    outer_loops,
+    overhead,
+    recipes,
+    task,
+    utilisation,
+    wire_bytes,
+)
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.parallel.topologies import SETTINGS
 
@@ -24,6 +32,7 @@ Row = dict[str, Any]
 PARTS: dict[str, tuple[str, Callable[..., Iterator[Row]], Callable[[list[Row]], bool]]] = {
     "wire": ("compressed_bytes.json", wire_bytes.measure, wire_bytes.kept),
     "recipes": ("recipe_collectives.json", recipes.measure, recipes.kept),
+    "diloco": ("outer_loop_bytes.json", outer_loops.measure, outer_loops.kept),
     "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
     "task": ("communication_task.json", task.measure, task.kept),
     "utilisation": ("utilisation.json", utilisation.measure, utilisation.kept),

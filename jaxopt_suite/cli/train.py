@@ -91,5 +91,7 @@ def _summary(result: TrainResult) -> str:
     if result.mesh is not None:
         rows["mesh"] = result.mesh
         rows["sent per step"] = f"{result.wire_bytes:,.0f} bytes per device"
+        if result.largest_wire_bytes > result.wire_bytes:
+            rows["in the largest"] = f"{result.largest_wire_bytes:,.0f} bytes per device"
     rows["folder"] = str(result.run.path)
     return "\n".join(f"  {name:<17}  {value}" for name, value in rows.items())

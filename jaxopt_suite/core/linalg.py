@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+_AT_ONCE = 16  # matrices in the body of a loop on a CPU; XLA orders fewer calls one after another
 
 
 def batch_factorisation(
@@ -11,32 +14,49 @@ def batch_factorisation(
 ) -> Callable[..., Any]:
     """``jax.vmap`` for a function that factorises a matrix (SVD, QR, eigendecomposition).
 
-    One batched call, but on the simulated devices of a CPU one matrix after another: there the
-    LAPACK calls of a batch are handed to the thread pool that they are waited for in, and when as
-    many devices as it has threads do so at once, they wait for ever (seen with JAX 0.10 and 0.12,
-    eight devices).
+    One batched call, but on a CPU a loop over some matrices at a time, each with a call of its own.
+    There the LAPACK calls of a batch are handed to the thread pool that they are waited for in:
+    when as many batches as it has threads are at it at once, of one program or of several devices,
+    they wait for ever (seen with JAX 0.10 and 0.12). Single calls run in that pool, too, and wait
+    for none. Under a further ``vmap`` the batches become one.
 
     Args:
-      fn: takes and returns pytrees of arrays.
+      fn: takes and returns pytrees of arrays; must not close over traced values.
       tpu: takes and returns batches, to be used on TPUs instead.
 
     Returns:
-      A function of the same arguments with one more leading axis each.
+      A function of the same arguments with one more leading axis each. It has no derivative.
     """
-    batched = jax.vmap(fn)
+    batched, single = jax.vmap(fn), jax.jit(fn)
 
-    def one_by_one(*args: Any) -> Any:
-        return jax.lax.map(lambda row: fn(*row), args)
+    def in_runs(*args: Any) -> Any:
+        rows = len(jax.tree.leaves(args)[0])
+        runs = -(-rows // _AT_ONCE)
+        if rows == 0:
+            return batched(*args)
+        if runs == 1:
+            return _one_by_one(single, args, rows)
+        each = -(-rows // runs)
+        again = lambda x: jnp.concatenate([x, x[: runs * each - rows]])
+        cut = lambda x: again(x).reshape(runs, each, *x.shape[1:])
+        found = jax.lax.map(lambda run: _one_by_one(single, run, each), jax.tree.map(cut, args))
+        return jax.tree.map(lambda x: x.reshape(runs * each, *x.shape[2:])[:rows], found)
 
+    @jax.custom_batching.custom_vmap
     def mapped(*args: Any) -> Any:
-        on_cpu = batched if _cpu_devices() == 1 else one_by_one
-        return jax.lax.platform_dependent(*args, cpu=on_cpu, tpu=tpu or batched, default=batched)
+        return jax.lax.platform_dependent(*args, cpu=in_runs, tpu=tpu or batched, default=batched)
+
+    @mapped.def_vmap
+    def _(size: int, is_batched: Any, *args: Any) -> tuple[Any, Any]:
+        spread = lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape))
+        args = jax.tree.map(spread, args, tuple(is_batched))
+        found = mapped(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), args))
+        found = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), found)
+        return found, jax.tree.map(lambda _: True, found)
 
     return mapped
 
 
-def _cpu_devices() -> int:
-    try:
-        return jax.local_device_count("cpu")
-    except RuntimeError:  # JAX_PLATFORMS has no CPU in it
-        return 1
+def _one_by_one(fn: Callable[..., Any], args: Any, rows: int) -> Any:
+    found = [fn(*jax.tree.map(lambda x: x[i], args)) for i in range(rows)]  # noqa: B023
+    return jax.tree.map(lambda *x: jnp.stack(x), *found)

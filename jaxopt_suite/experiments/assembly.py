@@ -53,17 +53,21 @@ def abstract_model(sizes: model.ModelConfig, config: LayoutConfig) -> tuple[Any,
 
 
 def mesh_sizes(config: LayoutConfig) -> dict[str, int] | None:
-    """The mesh that ``--mesh`` asks for; None: one device.
+    """The mesh that ``--mesh`` and ``--diloco-workers`` ask for; None: one device.
 
     Raises:
-      UserError: if the text is not that of a mesh.
+      UserError: if the text is not that of a mesh, or has another number of workers.
     """
-    if config.mesh is None:
-        return None
     try:
-        return parse_mesh(config.mesh)
+        sizes = {} if config.mesh is None else parse_mesh(config.mesh)
     except ValueError as error:
         raise UserError(f"--mesh {config.mesh}: {error}") from error
+    workers = config.diloco_workers
+    if workers is None:
+        return sizes or None
+    if sizes.get(WORKER_AXIS, workers) != workers:
+        refuse("diloco_workers", workers, f"the {WORKER_AXIS}={sizes[WORKER_AXIS]} of --mesh")
+    return sizes if WORKER_AXIS in sizes else {WORKER_AXIS: workers, **sizes}
 
 
 def build_mesh(config: LayoutConfig) -> Mesh | None:
@@ -122,7 +126,7 @@ def axis_of(recipe: Recipe, config: LayoutConfig) -> dict[str, str]:
     """
     if not recipe.communicates:
         return {}
-    if config.compress is not None:
+    if config.compress is not None and config.diloco_workers is None:
         legal = f"given without {recipe.name}, which sends what it has to in its own way"
         refuse("compress", config.compress, legal)
     if WORKER_AXIS not in (mesh_sizes(config) or {}):
@@ -171,7 +175,7 @@ def assemble_step(
         legal = f"given with --mesh {WORKER_AXIS}=4 or the like, and an optimizer that leaves the "
         refuse("noise_scale", True, legal + "mean over workers to the step")
     first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
-    if config.compress is not None:
+    if config.compress is not None and config.diloco_workers is None:
         if worker_axis is None:
             refuse("compress", config.compress, f"given with --mesh {WORKER_AXIS}=4 or the like")
         # Before, not after: what is clipped after the mean is owed no more, but the memory of what

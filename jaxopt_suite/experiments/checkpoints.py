@@ -61,11 +61,13 @@ class Restored:
       step: the step it was saved under.
       state: a pytree of arrays with the structure, shapes, dtypes and shardings asked for.
       host: the dict given to ``save``.
+      workers: how many it was saved with, where ``restore`` was told which leaves are theirs.
     """
 
     step: int
     state: Any
     host: dict[str, Any]
+    workers: int | None = None
 
 
 class Checkpoints:
@@ -136,7 +138,7 @@ class Checkpoints:
         if self._peers.any(failure):
             self.wait()  # raises
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, *, of_workers: Any = None) -> Restored | None:
         """Restores the newest intact checkpoint.
 
         Checkpoints that are incomplete or damaged are skipped, each with a
@@ -146,6 +148,10 @@ class Checkpoints:
           abstract_state: a pytree of ``jax.ShapeDtypeStruct``. A leaf with a sharding is restored
             onto it, whatever mesh and however many processes it was saved from; one without comes
             back on the default device (of each process).
+          of_workers: a tree of bools like the state: whether the first axis of a leaf is that of
+            workers, of whom there may have been more or fewer. Those who remain get what was
+            theirs, and those who are new get zeros; ``joining`` gives them a beginning. None: no
+            leaf's is.
 
         Returns:
           The checkpoint, or None if there is no intact one.
@@ -162,7 +168,7 @@ class Checkpoints:
             fault = next(filter(None, faults), None)
             if fault is None:
                 self._intact.add(step)
-                return self._load(step, directory, abstract_state)
+                return self._load(step, directory, abstract_state, of_workers)
             message = f"skipped the checkpoint {directory}: {fault}"
             warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
         return None
@@ -348,21 +354,33 @@ class Checkpoints:
             if step < oldest:
                 _remove(directory)
 
-    def _load(self, step: int, directory: pathlib.Path, abstract_state: Any) -> Restored:
+    def _load(
+        self, step: int, directory: pathlib.Path, abstract_state: Any, of_workers: Any
+    ) -> Restored:
         contents = json.loads((directory / _CONTENTS).read_bytes())
         paths, treedef = jax.tree_util.tree_flatten_with_path(abstract_state)
         wanted = {jax.tree_util.keystr(path): leaf for path, leaf in paths}
-        leaves.refuse_difference(directory, contents["leaves"], wanted)
+        marks = [False] * len(wanted) if of_workers is None else jax.tree.leaves(of_workers)
+        own = {path for path, mark in zip(wanted, marks, strict=True) if mark}
+        leaves.refuse_difference(directory, contents["leaves"], wanted, own)
         position = {path: str(i) for i, (path, _, _) in enumerate(contents["leaves"])}
         names = {path: position[path] for path, leaf in wanted.items() if math.prod(leaf.shape)}
-        restore_args = {name: leaves.restore_args(wanted[path]) for path, name in names.items()}
+        restore_args = {
+            name: leaves.restore_args(wanted[path], of_workers=path in own)
+            for path, name in names.items()
+        }
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         arrays = self._orbax.restore(directory / _STATE, args=args)
         placed = [
             leaves.place(arrays[names[path]], leaf) if path in names else leaves.empty(leaf)
             for path, leaf in wanted.items()
         ]
-        return Restored(step, jax.tree.unflatten(treedef, placed), contents["host"])
+        return Restored(
+            step=step,
+            state=jax.tree.unflatten(treedef, placed),
+            host=contents["host"],
+            workers=leaves.count_workers(contents["leaves"], own),
+        )
 
 
 def _fault(step: int, directory: pathlib.Path, *, index: int = 0, count: int = 1) -> str | None:

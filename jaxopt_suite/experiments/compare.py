@@ -83,6 +83,7 @@ def _as_run(result: TrainResult, *, optimizer: str, seed: int, learning_rate: fl
         hardware=environment.hardware(),
         mesh=result.mesh,
         wire_bytes=result.wire_bytes,
+        largest_wire_bytes=result.largest_wire_bytes,
         diverged_at=min(nonfinite, default=None),
     )
 

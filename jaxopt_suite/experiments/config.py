@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from typing import Any, Literal, NoReturn
 
 # Where and how a step is computed. Another choice rounds differently, and changes nothing else.
-LAYOUT = ("mesh", "scan_layers", "remat", "accumulate", "shard_state_over", "offload_state")
+# Of the workers of an outer loop it changes the run, from there on.
+LAYOUT = (
+    "mesh",
+    "scan_layers",
+    "remat",
+    "accumulate",
+    "shard_state_over",
+    "offload_state",
+    "diloco_workers",
+)
 # How a process finds the others of its run.
 PROCESSES = (
     "processes",
@@ -47,6 +56,12 @@ class LayoutConfig:
       feedback: what a worker remembers of what compression left out: "none()", "ef()", "ef21()",
         "econtrol(0.1)" or "momentum(0.1)". None: none() for unbiased compressors, else ef().
       exchange: how compressed gradients are averaged; auto: in the fewest bytes.
+      diloco_workers: train this many workers apart, each with the optimizer, and step together now
+        and then (DiLoCo); they are the mesh's axis worker, which need not be given besides. What
+        compress then compresses are their outer gradients. None: no outer loop.
+      sync_every: steps between two outer steps. None: 50.
+      outer_lr: learning rate of the outer steps. None: 0.7.
+      outer_momentum: their Nesterov momentum, in [0, 1); 0: plain SGD, without state. None: 0.9.
     """
 
     mesh: str | None = None
@@ -59,6 +74,10 @@ class LayoutConfig:
     compress: str | None = None
     feedback: str | None = None
     exchange: Literal["auto", "mean", "gather", "two_phase"] = "auto"
+    diloco_workers: int | None = None
+    sync_every: int | None = None
+    outer_lr: float | None = None
+    outer_momentum: float | None = None
 
     def validate(self) -> None:
         """Checks every value that can be checked without loading anything.
@@ -69,6 +88,22 @@ class LayoutConfig:
         at_least("accumulate", self.accumulate, 1)
         if self.compress is None and (self.feedback is not None or self.exchange != "auto"):
             refuse("compress", self.compress, "given with --feedback and --exchange")
+        self._validate_outer_loop()
+
+    def _validate_outer_loop(self) -> None:
+        outer = (self.sync_every, self.outer_lr, self.outer_momentum)
+        if self.diloco_workers is None:
+            if any(value is not None for value in outer):
+                legal = "given with --sync-every, --outer-lr and --outer-momentum"
+                refuse("diloco_workers", None, legal)
+            return
+        at_least("diloco_workers", self.diloco_workers, 1)
+        if self.sync_every is not None:
+            at_least("sync_every", self.sync_every, 1)
+        if self.outer_lr is not None:
+            positive("outer_lr", self.outer_lr, " or None")
+        if self.outer_momentum is not None and not 0.0 <= self.outer_momentum < 1.0:
+            refuse("outer_momentum", self.outer_momentum, "in [0, 1) or None")
 
     def state_axes(self) -> tuple[str, ...]:
         """The axes of ``shard_state_over``."""
@@ -188,7 +223,7 @@ class TrainConfig(ExperimentConfig):
             refuse("processes", self.processes, "alone, or --distributed, or --coordinator")
         if self.processes is not None:
             at_least("processes", self.processes, 1)
-            if self.mesh is None:
+            if self.mesh is None and self.diloco_workers is None:
                 refuse("processes", self.processes, "given with --mesh, for the number of devices")
 
     def run_path(self) -> pathlib.Path:
@@ -198,7 +233,8 @@ class TrainConfig(ExperimentConfig):
     def identity(self) -> dict[str, Any]:
         """Everything that a record of the run depends on: what must not change when it goes on."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in FREE_ON_RESUME}
+        kept = {name: value for name, value in fields.items() if name not in FREE_ON_RESUME}
+        return kept | {"outer_loop": self.diloco_workers is not None}
 
     def logs(self, step: int) -> bool:
         """Whether a record is written after ``step`` steps (0: before the first)."""

@@ -8,6 +8,7 @@ from typing import Any
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments.assembly import of_layout
 from jaxopt_suite.experiments.config import CompareConfig, parse_settings
+from jaxopt_suite.experiments.outer_loop import with_outer_loop
 from jaxopt_suite.experiments.table import Rate
 from jaxopt_suite.optimizers.registry import Recipe, registry
 
@@ -29,6 +30,10 @@ class Entry:
     def settings_as_text(self) -> tuple[str, ...]:
         """The settings as ``NAME=VALUE``."""
         return tuple(f"{name}={value!r}" for name, value in self.settings.items())
+
+    def steps_per_round(self) -> int | None:
+        """As of the recipe, with these settings."""
+        return self.recipe.steps_per_round(**{**self.recipe.hyperparameters(), **self.settings})
 
 
 def _check_setting(name: str, recipes: Iterable[Recipe]) -> None:
@@ -84,14 +89,15 @@ def entries(config: CompareConfig) -> list[Entry]:
 
     Raises:
       UserError: for an optimizer that is unknown or listed twice, an empty list, a setting that no
-        listed optimizer has, or one that communicates without workers to do so.
+        listed optimizer has, one that communicates without workers to do so, or one that cannot
+        be the inner optimizer of an outer loop that is asked for.
     """
     config.validate()
     recipes = registry()
     for name in config.names():
         if name not in recipes:
             raise UserError(f"--optimizers: {name!r} is not one of {', '.join(recipes)}")
-    listed = [recipes[name] for name in config.names()]
+    listed = [with_outer_loop(recipes[name], config) for name in config.names()]
     settings = parse_settings(config.set)
     for name in settings:
         _check_setting(name, listed)

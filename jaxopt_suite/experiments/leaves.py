@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -65,10 +65,18 @@ def refuse_difference(
     directory: pathlib.Path,
     saved: list[_Row],
     wanted: Mapping[str, Any],
+    of_workers: Set[str] = frozenset(),
 ) -> None:
-    """Raises ``UserError`` naming the first leaf that differs."""
-    have = {path: f"{dtype}{shape}" for path, shape, dtype in saved}
-    want = {path: f"{leaf.dtype.name}{list(leaf.shape)}" for path, leaf in wanted.items()}
+    """Raises ``UserError`` naming the first leaf that differs, but for the number of workers.
+
+    Args:
+      directory: of the checkpoint.
+      saved: its leaves.
+      wanted: shapes and dtypes by path.
+      of_workers: paths of the leaves whose first axis is that of the workers.
+    """
+    here: list[_Row] = [(p, list(leaf.shape), leaf.dtype.name) for p, leaf in wanted.items()]
+    have, want = (_texts(rows, of_workers) for rows in (saved, here))
     for path in [*want, *have]:
         if have.get(path) != want.get(path):
             raise UserError(
@@ -77,18 +85,45 @@ def refuse_difference(
             )
 
 
-def restore_args(leaf: Any) -> ocp.RestoreArgs:
-    """How orbax shall read an array to become ``leaf``."""
+def count_workers(saved: list[_Row], of_workers: Set[str]) -> int | None:
+    """Length of the first axis of the leaves of workers; None without any."""
+    return next((shape[0] for path, shape, _ in saved if path in of_workers and shape), None)
+
+
+def _texts(rows: list[_Row], of_workers: Set[str]) -> dict[str, str]:
+    """``float32[3, 4]`` by path; an axis of workers has no number."""
+    workers = count_workers(rows, of_workers)
+
+    def sizes(path: str, shape: list[int]) -> list[Any]:
+        own = path in of_workers and shape[:1] == [workers]
+        return ["workers", *shape[1:]] if own else shape
+
+    return {p: f"{dtype}[{', '.join(map(str, sizes(p, shape)))}]" for p, shape, dtype in rows}
+
+
+def restore_args(leaf: Any, *, of_workers: bool = False) -> ocp.RestoreArgs:
+    """How orbax shall read an array to become ``leaf``.
+
+    Args:
+      leaf: shape, dtype and perhaps sharding.
+      of_workers: whether the first axis may have another length in the file: what is too much is
+        not read, and what is not there is zeros.
+    """
     if getattr(leaf, "sharding", None) is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(
+        sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=not of_workers
+    )
 
 
 def place(array: Any, leaf: Any) -> jax.Array:
     """What orbax has read, where ``leaf`` wants it."""
     if isinstance(array, jax.Array):
         return array
-    return jnp.array(array)  # a copy, because JAX cannot donate memory NumPy owns
+    placed = np.zeros(leaf.shape, leaf.dtype)  # a copy: JAX cannot donate memory NumPy owns
+    rows = slice(min(array.shape[0], leaf.shape[0])) if leaf.shape else ()
+    placed[rows] = array[rows]
+    return jnp.array(placed)
 
 
 def empty(leaf: Any) -> jax.Array:

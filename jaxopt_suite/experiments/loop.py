@@ -10,7 +10,7 @@ import optax
 from rich.console import Console
 
 from jaxopt_suite.core.errors import UserError
-from jaxopt_suite.experiments import environment
+from jaxopt_suite.experiments import environment, joining
 from jaxopt_suite.experiments.checkpoints import Checkpoints
 from jaxopt_suite.experiments.config import LAYOUT, PROCESSES, TrainConfig
 from jaxopt_suite.experiments.data import Corpus, load_corpus, train_batches, validation_batches
@@ -141,7 +141,8 @@ class _Trainer:
 
     def _restored(self) -> TrainState | None:
         """Goes back to the newest checkpoint and drops the records that came after it."""
-        restored = self.checkpoints.restore(self.program.abstract_state)
+        own = joining.of_workers(self.program)
+        restored = self.checkpoints.restore(self.program.abstract_state, of_workers=own)
         self.run.truncate_to(-1 if restored is None else restored.step)
         if restored is None:
             return None
@@ -150,7 +151,7 @@ class _Trainer:
         self.batches.set_state(restored.host["data"])
         self.watch.total = restored.host["seconds"]
         _check_records(self.run, self.config, self.step)
-        return restored.state
+        return joining.with_joiners(self.program, restored.state, restored.workers)
 
     def _note_start(self) -> None:
         """Adds to ``starts.jsonl`` where and how the run is computed from this step on."""

@@ -74,8 +74,14 @@ def _step(report: Report) -> Grid:
         ("bytes of memory traffic", [_amount(plan.hbm_bytes) for plan in plans]),
     ]
     for axes in dict.fromkeys(link.axes for plan in plans for link in plan.links):
-        sent = [sum(link.nbytes for link in plan.links if link.axes == axes) for plan in plans]
+        along = [[link for link in plan.links if link.axes == axes] for plan in plans]
+        sent, largest = (
+            [sum(getattr(link, name) for link in links) for links in along]
+            for name in ("nbytes", "largest")
+        )
         rows.append((f"bytes sent over {axes_text(axes)}", [_amount(nbytes) for nbytes in sent]))
+        if sent != largest:
+            rows.append(("in the largest step", [_amount(nbytes) for nbytes in largest]))
     for name in dict.fromkeys(name for plan in plans for name in plan.times):
         times = [plan.times.get(name) for plan in plans]
         rows.append((f"ms at least: {name}", ["" if t is None else _ms(t) for t in times]))
@@ -141,7 +147,8 @@ def statements(report: Report) -> list[str]:
         "resource needs at its published peak, all others overlapped with it: no step is faster.",
         "FLOP are those of matrix products and convolutions, loops by their trips, recomputation "
         "included; the peak is that of bfloat16 whatever the dtype.",
-        f"Bytes on the wire are counted under the ring model{f' ({paths})' if paths else ''}.",
+        f"Bytes on the wire are counted under the ring model{f' ({paths})' if paths else ''}; of "
+        "workers that synchronise now and then, the mean over a round.",
     ]
     if chip.platform == "tpu":
         said.append(

@@ -1,5 +1,6 @@
 """From a preset and an optimizer to the plan of its train step."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ from jaxopt_suite.experiments.assembly import (
     mesh_sizes,
     of_layout,
 )
-from jaxopt_suite.experiments.config import CompareConfig
+from jaxopt_suite.experiments.config import CompareConfig, LayoutConfig
 from jaxopt_suite.experiments.entries import Entry, entries
 from jaxopt_suite.experiments.plan_config import PlanConfig
 from jaxopt_suite.experiments.steps import find_recipe
@@ -73,8 +74,8 @@ def _entries(config: PlanConfig) -> list[Entry]:
     """The recipes named, with their settings."""
     for name in config.names():
         find_recipe(name)
-    names = ",".join(config.names())
-    return entries(CompareConfig(optimizers=names, set=config.set, mesh=config.mesh))
+    layout = {field.name: getattr(config, field.name) for field in dataclasses.fields(LayoutConfig)}
+    return entries(CompareConfig(optimizers=",".join(config.names()), set=config.set, **layout))
 
 
 def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, int]) -> Plan:
@@ -103,4 +104,5 @@ def _plan(config: PlanConfig, entry: Entry, pod: Topology, mesh: Mapping[str, in
         topology=pod,
         mesh=mesh,
         model_flops=model_flops(sizes, sequences=sequences, seq_len=config.seq_len),
+        steps_per_round=entry.steps_per_round(),
     )

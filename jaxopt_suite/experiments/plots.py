@@ -1,4 +1,4 @@
-"""Loss curves of a comparison: validation loss against steps and against seconds."""
+"""Loss curves of a comparison: validation loss against steps, seconds and bytes sent."""
 
 import io
 import re
@@ -96,6 +96,24 @@ def _panel(axes: Axes, curves: Mapping[str, Curve], looks: Looks, *, against: st
     axes.set_ylim(*_limits(curves))
 
 
+def _count_tokens(axes: Axes, tokens_per_step: int, ink: str) -> None:
+    """A second scale above the one of steps."""
+    scale = (lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step)
+    above = axes.secondary_xaxis("top", functions=scale)
+    above.set_facecolor("none")
+    above.set_xlabel("tokens", color=ink)
+    above.tick_params(colors=ink, labelsize=9)
+    above.spines["top"].set_color(ink)
+
+
+def _bytes_scale(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    """Logarithmic, from the first evaluation after the start: methods differ by a hundredfold."""
+    sent = np.concatenate([curve.sent[curve.sent > 0] for curve in curves.values()])
+    axes.set_xscale("log")
+    if sent.min() < sent.max():
+        axes.set_xlim(sent.min(), sent.max())
+
+
 def _entropy_line(axes: Axes, entropy: float, ink: str) -> None:
     """A dotted line at the unigram entropy, where it lies inside the panel."""
     bottom, top = axes.get_ylim()
@@ -114,33 +132,51 @@ def _entropy_line(axes: Axes, entropy: float, ink: str) -> None:
     )
 
 
-def draw(table: Table, entropy: float, *, ink: str = "#1a1a1a", paper: str = "white") -> Figure:
+def draw(
+    table: Table,
+    entropy: float,
+    *,
+    tokens_per_step: int,
+    ink: str = "#1a1a1a",
+    paper: str = "white",
+) -> Figure:
     """The picture of a comparison: mean over seeds as a line, smallest to largest as a band.
 
     Args:
       table: the comparison's rows and curves.
       entropy: unigram entropy of the data, nats per byte; drawn where it is in range.
+      tokens_per_step: for the scale of tokens above that of steps.
       ink: colour of text and axes.
       paper: colour of the background.
 
     Returns:
-      A figure that belongs to no global state. Its loss axis may leave out the first fifth of
-      training; an optimizer without a finite evaluation is not drawn.
+      A figure that belongs to no global state, with a panel for bytes sent where any are. Its loss
+      axis may leave out the first fifth of training; an optimizer without a finite evaluation is
+      not drawn.
     """
     curves = {name: curve for name, curve in table.curves.items() if len(curve.mean)}
     looks = _looks(list(table.curves))
-    figure = Figure(figsize=(11, 4.6), facecolor=paper)
-    left, right = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.065, right=0.985, top=0.96, bottom=0.13, wspace=0.42)
-    for axes, against, xlabel in ((left, "steps", "step"), (right, "seconds", "training seconds")):
+    against = {"steps": "step", "seconds": "training seconds"}
+    if any(curve.sent[-1] > 0 for curve in curves.values()):
+        against["sent"] = "bytes sent per device"
+    width = 5.5 * len(against)
+    figure = Figure(figsize=(width, 4.8), facecolor=paper)
+    panels = figure.subplots(1, len(against), sharey=True)
+    figure.subplots_adjust(
+        left=0.7 / width, right=1 - 0.17 / width, top=0.88, bottom=0.13, wspace=0.42
+    )
+    for axes, (values, xlabel) in zip(panels, against.items(), strict=True):
         if curves:
-            _panel(axes, curves, looks, against=against)
+            _panel(axes, curves, looks, against=values)
             _entropy_line(axes, entropy, ink)
         dress(axes, xlabel, ink=ink)
-    left.set_ylabel("validation loss (nats per byte)", color=ink)
-    right.tick_params(labelleft=True)
+        axes.tick_params(labelleft=True)
+    panels[0].set_ylabel("validation loss (nats per byte)", color=ink)
     if curves:
-        _label(left, table, curves, looks)
+        _label(panels[0], table, curves, looks)
+        _count_tokens(panels[0], tokens_per_step, ink)
+    if "sent" in against:
+        _bytes_scale(panels[-1], curves)
     return figure
 
 

@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from jaxopt_suite.experiments import markup, plots, table
 from jaxopt_suite.experiments.markup import Block, Code, Grid, Heading, Item, Listing, Paragraph
 from jaxopt_suite.experiments.table import Rate, Run, Table
@@ -100,7 +102,19 @@ def _mesh_statement(comparison: Comparison) -> list[str]:
         return []
     return [
         f"Every run is split over the mesh {', '.join(meshes)}. Bytes sent are what each device "
-        "sends to others in one step, counted in the compiled program."
+        "sends to others per step, counted in the compiled program; where steps differ, the mean "
+        "over a round between two synchronisations, and beside it the step that sends the most. "
+        "Gbit/s are those with which these bytes take as long as a step, on this machine.",
+        *_outer_loop_statement(comparison),
+    ]
+
+
+def _outer_loop_statement(comparison: Comparison) -> list[str]:
+    if comparison.settings.get("diloco_workers") is None:
+        return []
+    return [
+        "Every optimizer is the inner one of DiLoCo: each worker has its own. A tuned default is "
+        "the rate tuned without an outer loop."
     ]
 
 
@@ -174,6 +188,12 @@ def _runs_grid(runs: Sequence[Run]) -> Grid:
     return Grid(headings, [line(run) for run in runs])
 
 
+def _curves(comparison: Comparison, **colours: str) -> Figure:
+    settings = comparison.settings
+    tokens = settings["batch_size"] * settings["seq_len"]
+    return plots.draw(comparison.table, comparison.entropy, tokens_per_step=tokens, **colours)
+
+
 def _facts(facts: Mapping[str, str]) -> Listing:
     return Listing([Item(f"{name}: {value}") for name, value in facts.items()])
 
@@ -188,9 +208,8 @@ def document(comparison: Comparison) -> list[Block]:
         + ". The first steep fall may leave the picture at the top. ✖ marks where an optimizer's "
         "first run diverged."
     )
-    figure = plots.draw(numbers, comparison.entropy, ink=plots.PAGE_INK, paper="none")
-    svg = plots.inline_svg(figure)
-    alt = "Validation loss against steps and against training seconds, one line per optimizer"
+    svg = plots.inline_svg(_curves(comparison, ink=plots.PAGE_INK, paper="none"))
+    alt = "Validation loss against steps, training seconds and bytes sent, one line per optimizer"
     return [
         Heading("Optimizers compared", level=1),
         Paragraph(table.entropy_statement(numbers, comparison.entropy)),
@@ -251,7 +270,7 @@ def write(comparison: Comparison, folder: pathlib.Path) -> None:
       folder: gets ``report.md``, ``report.html``, ``summary.json``, ``curves.svg``, ``curves.png``.
     """
     blocks = document(comparison)
-    figure = plots.draw(comparison.table, comparison.entropy)
+    figure = _curves(comparison)
     texts = {
         "curves.svg": plots.svg(figure),
         "summary.json": json.dumps(summary(comparison), indent=2, allow_nan=False) + "\n",

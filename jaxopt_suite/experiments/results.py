@@ -28,7 +28,9 @@ class TrainResult:
       tokens_per_second: over all steps recorded.
       state_bytes: of the optimizer.
       mesh: what this start ran on, such as data=8; None: one device.
-      wire_bytes: sent by each device in one step, counted in the compiled program.
+      wire_bytes: sent by each device per step, counted in the compiled program; where steps differ,
+        the mean over a round of them.
+      largest_wire_bytes: sent by each device in the step that sends the most.
       n_params: trained parameters.
       learning_rate: its peak; None where the optimizer keeps its own.
       unigram_entropy: of the validation data; no model that ignores context has a lower loss.
@@ -47,6 +49,7 @@ class TrainResult:
     state_bytes: int
     mesh: str | None
     wire_bytes: float
+    largest_wire_bytes: float
     n_params: int
     learning_rate: float | None
     unigram_entropy: float
@@ -96,7 +99,8 @@ def summarize(
         tokens_per_second=trained[-1]["tokens"] / seconds if trained else math.nan,
         state_bytes=program.state_bytes,
         mesh=program.mesh,
-        wire_bytes=program.wire_bytes,
+        wire_bytes=program.traffic.mean,
+        largest_wire_bytes=program.traffic.largest,
         n_params=program.n_params,
         learning_rate=program.peak,
         unigram_entropy=unigram_entropy,

@@ -16,6 +16,7 @@ from jaxopt_suite.core import tree_bytes
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import assembly, model
 from jaxopt_suite.experiments.config import FREE_ON_RESUME, LAYOUT, TrainConfig, parse_settings
+from jaxopt_suite.experiments.outer_loop import with_outer_loop
 from jaxopt_suite.experiments.schedules import learning_rate_schedule
 from jaxopt_suite.optimizers.registry import Recipe, registry
 from jaxopt_suite.parallel import wire
@@ -45,6 +46,8 @@ class Program:
       graphdef: the model without its parameters.
       train_step: the step, for one worker's parameters of the shapes ``abstract_params``.
       eval_params: optimizer state and parameters to the point that is evaluated.
+      steps_per_round: in which each branch that sends between workers is taken once; None: not
+        known.
       abstract_params: shapes and dtypes of the parameters.
       abstract_tokens: int32 [batch_size, seq_len + 1].
     """
@@ -57,6 +60,7 @@ class Program:
     graphdef: Any
     train_step: TrainStep
     eval_params: Callable[[Any, Any], Any]
+    steps_per_round: int | None
     abstract_params: Any
     abstract_tokens: jax.ShapeDtypeStruct
 
@@ -86,11 +90,13 @@ class Program:
         return tree_bytes(self.abstract_state.opt_state)
 
     @functools.cached_property
-    def wire_bytes(self) -> float:
-        """Bytes that a device sends in one step, counted in the compiled program."""
-        if self.train_step.mesh is None:
-            return 0.0
-        return wire.bytes_sent(self._compiled_step, self.train_step.mesh)
+    def traffic(self) -> wire.Traffic:
+        """Bytes that a device sends in a step, counted in the compiled program."""
+        mesh = self.train_step.mesh
+        if mesh is None:
+            return wire.Traffic(0.0, 0.0)
+        found = wire.collectives(self._compiled_step, mesh)
+        return wire.traffic(found, steps=self.steps_per_round, axis=assembly.WORKER_AXIS)
 
     def initial(self, seed: int) -> TrainState:
         """The state before the first step; no device ever holds more of it than its part."""
@@ -110,15 +116,18 @@ class Program:
         compiled, shard = self._compiled_step, self.train_step.shard_batch
         return lambda state, tokens: compiled(state, shard(tokens))
 
-    def _evaluate(self, state: TrainState, tokens: jax.Array) -> jax.Array:
-        # Workers whose parameters differ are judged by what they would agree on.
+    def agreed(self, state: TrainState) -> Any:
+        """The parameters that are evaluated; of workers that differ, what they would agree on."""
         state = map_axes(
             lambda axis, x: x if axis is None else jnp.mean(x, axis=0).astype(x.dtype),
             self.train_step.layout(self.abstract_params).axes,
             state,
         )
-        params = self.eval_params(state.opt_state[1], state.params)
-        return model.loss_fn(self.graphdef, params, tokens)
+        return self.eval_params(state.opt_state[1], state.params)
+
+    def _evaluate(self, state: TrainState, tokens: jax.Array) -> jax.Array:
+        layout = self.train_step.layout(self.abstract_params)
+        return model.loss_fn(self.graphdef, self.agreed(layout.fetched(state)), tokens)
 
     @functools.cached_property
     def _loss_of_batch(self) -> Callable[[TrainState, np.ndarray], jax.Array]:
@@ -168,15 +177,19 @@ def build_program(
 
     Raises:
       UserError: if the preset, the optimizer or a hyperparameter is not a legal one.
-      ValueError: if ``tx`` comes with a recipe, a learning rate or settings it would ignore.
+      ValueError: if ``tx`` comes with a recipe, a learning rate, settings or an outer loop that it
+        would ignore.
     """
     config.validate()
     sizes = sizes or assembly.find_preset(config.preset)
     if tx is not None:
-        if recipe is not None or config.learning_rate is not None or config.set:
-            raise ValueError("tx is complete: give it without recipe, learning_rate or set")
+        given = (recipe, config.learning_rate, config.diloco_workers)
+        if any(value is not None for value in given) or config.set:
+            raise ValueError(
+                "tx is complete: give it without recipe, learning_rate, set or diloco_workers"
+            )
         return _assemble(config, sizes, tx)
-    recipe = recipe or find_recipe(config.optimizer)
+    recipe = with_outer_loop(recipe or find_recipe(config.optimizer), config)
     settings = parse_settings(config.set)
     peak = config.learning_rate or recipe.learning_rate
     schedule = learning_rate_schedule(
@@ -193,6 +206,7 @@ def build_program(
             schedule=schedule,
             eval_params=recipe.eval_params,
             communicates=recipe.communicates,
+            steps_per_round=recipe.steps_per_round(**recipe.hyperparameters() | settings),
         )
 
 
@@ -206,6 +220,7 @@ def _assemble(
     schedule: optax.Schedule | None = None,
     eval_params: Callable[[Any, Any], Any] | None = None,
     communicates: bool = False,
+    steps_per_round: int | None = None,
 ) -> Program:
     graphdef, params = assembly.abstract_model(sizes, config)
     program = Program(
@@ -226,6 +241,7 @@ def _assemble(
             watched=config.batch_size if config.noise_scale else None,
         ),
         eval_params=eval_params or (lambda opt_state, params: params),
+        steps_per_round=steps_per_round,
         abstract_params=params,
         abstract_tokens=jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32),
     )

@@ -27,7 +27,9 @@ class Run:
       load: one-minute load average of the machine when the run ended.
       hardware: the device the run was timed on.
       mesh: what it was split over, such as data=8; ``None`` for one device.
-      wire_bytes: bytes that each device sent in one step, counted in the compiled program.
+      wire_bytes: bytes that each device sent per step, counted in the compiled program; where steps
+        differ, the mean over a round of them.
+      largest_wire_bytes: bytes that each device sent in the step that sends the most.
       diverged_at: the step at which the loss was first found not finite; ``None`` if it never was.
     """
 
@@ -44,6 +46,7 @@ class Run:
     hardware: str = ""
     mesh: str | None = None
     wire_bytes: float = 0.0
+    largest_wire_bytes: float = 0.0
     diverged_at: int | None = None
 
     @property
@@ -84,6 +87,7 @@ class Curve:
     Attributes:
       steps: step of each evaluation, [points].
       seconds: training seconds until then, mean over seeds, [points].
+      sent: bytes that a device has sent until then, [points].
       mean: mean loss over seeds, [points].
       low: smallest loss over seeds, [points].
       high: largest loss over seeds, [points].
@@ -91,6 +95,7 @@ class Curve:
 
     steps: np.ndarray
     seconds: np.ndarray
+    sent: np.ndarray
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -98,12 +103,13 @@ class Curve:
 
 def mean_curve(runs: Sequence[Run]) -> Curve:
     """The curve of one optimizer's runs; where a run diverged, the curve ends."""
-    steps = sorted(set.intersection(*(set(run.steps) for run in runs)))
+    steps = np.array(sorted(set.intersection(*(set(run.steps) for run in runs))))
     rows = [[run.steps.index(step) for step in steps] for run in runs]
     pairs = list(zip(runs, rows, strict=True))
     seconds = np.array([[run.seconds[i] for i in row] for run, row in pairs])
     losses = np.array([[run.val_loss[i] for i in row] for run, row in pairs])
-    return Curve(np.array(steps), seconds.mean(0), losses.mean(0), losses.min(0), losses.max(0))
+    sent = steps * runs[0].wire_bytes
+    return Curve(steps, seconds.mean(0), sent, losses.mean(0), losses.min(0), losses.max(0))
 
 
 def first_reach(losses: Sequence[float] | np.ndarray, target: float) -> float | None:
@@ -138,7 +144,11 @@ class Row:
       seconds_to_baseline: training seconds until then.
       ms_per_step: median over seeds of the runs' median milliseconds per step.
       state_bytes_per_param: bytes of optimizer state divided by parameters.
-      wire_bytes: bytes that each device sends in one step; ``None`` without a mesh.
+      wire_bytes: bytes that each device sends per step; ``None`` without a mesh.
+      largest_wire_bytes: bytes in the step that sends the most; ``None`` without a mesh.
+      gbits_per_second: bandwidth with which ``wire_bytes`` take as long as a step; ``None`` without
+        a mesh.
+      peak_gbits_per_second: the same for ``largest_wire_bytes``.
       learning_rate: peak learning rate.
       rate_source: where the learning rate came from.
     """
@@ -154,6 +164,9 @@ class Row:
     ms_per_step: float
     state_bytes_per_param: float
     wire_bytes: float | None
+    largest_wire_bytes: float | None
+    gbits_per_second: float | None
+    peak_gbits_per_second: float | None
     learning_rate: float
     rate_source: str
 
@@ -203,6 +216,9 @@ def _row(runs: Sequence[Run], rate: Rate, curve: Curve, baseline: float | None) 
     losses = [run.final_loss for run in runs]
     mean = _mean_loss(runs, curve)
     steps, seconds = _reach(curve, baseline)
+    ms_per_step = statistics.median(run.ms_per_step for run in runs)
+    on_mesh = runs[0].mesh is not None
+    sent, largest = runs[0].wire_bytes, runs[0].largest_wire_bytes
     return Row(
         optimizer=runs[0].optimizer,
         losses=tuple(loss if math.isfinite(loss) else None for loss in losses),
@@ -212,12 +228,20 @@ def _row(runs: Sequence[Run], rate: Rate, curve: Curve, baseline: float | None) 
         difference=None if mean is None or baseline is None else mean - baseline,
         steps_to_baseline=steps,
         seconds_to_baseline=seconds,
-        ms_per_step=statistics.median(run.ms_per_step for run in runs),
+        ms_per_step=ms_per_step,
         state_bytes_per_param=runs[0].state_bytes / runs[0].n_params,
-        wire_bytes=None if runs[0].mesh is None else runs[0].wire_bytes,
+        wire_bytes=sent if on_mesh else None,
+        largest_wire_bytes=largest if on_mesh else None,
+        gbits_per_second=_gbits(sent, ms_per_step) if on_mesh else None,
+        peak_gbits_per_second=_gbits(largest, ms_per_step) if on_mesh else None,
         learning_rate=rate.value,
         rate_source=rate.source,
     )
+
+
+def _gbits(nbytes: float, milliseconds: float) -> float:
+    """Gbit/s at which bytes take so long."""
+    return 8e-6 * nbytes / milliseconds
 
 
 def summarize(runs: Sequence[Run], rates: Mapping[str, Rate]) -> Table:
@@ -248,13 +272,17 @@ _HEADINGS = (  # a line break is where a narrow medium may break the line; other
     "state bytes per\nparameter",
     "learning rate",
 )
-_SENT = "bytes sent per\nstep and device"
+_ON_MESH = (
+    "bytes sent per\nstep and device",
+    "in the\nlargest step",
+    "Gbit/s then\n(on average)",
+)
 
 
 def headings(table: Table) -> tuple[str, ...]:
-    """The columns of a table; what crosses between devices has one where there are several."""
+    """The columns of a table; what crosses between devices has some where there are several."""
     on_mesh = any(row.wire_bytes is not None for row in table.rows)
-    return (*_HEADINGS, _SENT) if on_mesh else _HEADINGS
+    return (*_HEADINGS, *_ON_MESH) if on_mesh else _HEADINGS
 
 
 def _loss_cell(row: Row) -> str:
@@ -281,8 +309,15 @@ def cells(row: Row, table: Table) -> tuple[str, ...]:
         f"{row.ms_per_step:.1f}",
         f"{row.state_bytes_per_param:.2f}",
         f"{row.learning_rate:.3g} ({row.rate_source})",
-        *([f"{row.wire_bytes:,.0f}"] if row.wire_bytes is not None else []),
+        *_sent_cells(row),
     )
+
+
+def _sent_cells(row: Row) -> tuple[str, ...]:
+    if row.wire_bytes is None:
+        return ()
+    bandwidth = f"{row.peak_gbits_per_second:.3g} ({row.gbits_per_second:.3g})"
+    return f"{row.wire_bytes:,.0f}", f"{row.largest_wire_bytes:,.0f}", bandwidth
 
 
 def entropy_statement(table: Table, entropy: float) -> str:

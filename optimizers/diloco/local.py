@@ -109,6 +109,10 @@ def restarted(inner: optax.GradientTransformation, state: Any, target: Any, like
     (``ScaleByScheduleState``, ``WeightDecaySchedule``, ``WrappedScheduleState``), and stay.
     """
     params = jax.tree.map(lambda t, p: t.astype(p.dtype), target, like)
-    counts = lambda x: getattr(x, "_fields", None) == ("count",)
-    keep = lambda old, new: old if counts(old) else new
-    return jax.tree.map(keep, state, inner.init(params), is_leaf=counts)
+    keep = lambda old, new: old if counts_only(old) else new
+    return jax.tree.map(keep, state, inner.init(params), is_leaf=counts_only)
+
+
+def counts_only(state: Any) -> bool:
+    """Whether a state has no other field than ``count``, as those of optax's schedules."""
+    return getattr(state, "_fields", None) == ("count",)

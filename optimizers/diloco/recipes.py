@@ -61,7 +61,7 @@ def diloco_adamw(
     """
     return diloco(
         adamw_float32(learning_rate, b1, b2, eps, weight_decay, mask),
-        _outer(axis_name, outer_learning_rate, outer_momentum, mean),
+        outer_sgd(mean_link(axis_name, mean), outer_learning_rate, outer_momentum),
         sync_every=sync_every,
         axis_name=axis_name,
         rejoin=rejoin,
@@ -115,7 +115,7 @@ def streaming_diloco_adamw(
     """
     return streaming_diloco(
         adamw_float32(learning_rate, b1, b2, eps, weight_decay, mask),
-        _outer(axis_name, outer_learning_rate, outer_momentum, mean),
+        outer_sgd(mean_link(axis_name, mean), outer_learning_rate, outer_momentum),
         sync_every=sync_every,
         axis_name=axis_name,
         fragments=fragments,
@@ -139,16 +139,20 @@ def adamw_float32(
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)
 
 
-def _outer(
-    axis_name: str, learning_rate: Any, momentum: Any, mean: str
+def outer_sgd(
+    mean: optax.GradientTransformation, learning_rate: Any, momentum: Any
 ) -> optax.GradientTransformation:
+    """The outer chain of recipes: a mean over workers, then SGD with Nesterov's momentum.
+
+    Args:
+      mean: the link that communicates.
+      learning_rate: at least 0.
+      momentum: in [0, 1); None: plain SGD, which keeps no state.
+    """
     core.check_number("outer_learning_rate", learning_rate, low=0.0)
     if momentum is not None:
         core.check_number("outer_momentum", momentum, low=0.0, high=1.0, high_open=True)
-    return optax.chain(
-        mean_link(axis_name, mean),
-        optax.sgd(learning_rate, momentum, nesterov=momentum is not None),
-    )
+    return optax.chain(mean, optax.sgd(learning_rate, momentum, nesterov=momentum is not None))
 
 
 def mean_link(axis_name: str, mean: str) -> optax.GradientTransformation:

@@ -30,6 +30,7 @@ def test_without_measurements_the_pages_say_so(tmp_path):
     assert "No measurements yet." in docs_pages.claims(tmp_path)
     assert "No measurements yet." in docs_pages.laws(tmp_path)
     assert "No measurements yet." in docs_pages.bandwidth(tmp_path)
+    assert "No measurements yet." in docs_pages.shampoo(tmp_path)
 
 
 def test_every_recipe_is_on_the_optimizers_page_with_its_rate(tmp_path):

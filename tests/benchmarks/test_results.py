@@ -21,10 +21,12 @@ OWN = {
     | {"mean", "wire_bytes", "times_fewer", "over_dense", "mesh", "steps"},
     "compressed_bytes.json": {"topology", "mesh", "entries"},
     "recipe_collectives.json": {"topology", "mesh", "entries"},
+    "outer_loop_bytes.json": {"topology", "mesh", "parameters", "sync_every", "entries"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
     "scaling_speed.json": {"name", "starts", "resamples", "seconds", "seconds_every_start_refined"}
     | {"compile_seconds", "scipy_differences", "scipy_gradient", "times_faster", "objective"}
     | {"times_faster_than_gradient", "status"},
+    "shampoo_times.json": {"part", "preset"},
     "roots.json": {"order", "damping", "accuracy", "times"},
     "claims.json": {"name", "claim", "source", "how", "figure", "verdict", "quick", "numbers"},
 }

@@ -93,6 +93,25 @@ def test_a_sigterm_to_one_process_stops_both_and_any_number_may_go_on(options, t
     np.testing.assert_allclose(losses(run.path), undisturbed, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.exhaustive
+def test_after_a_kill_one_process_goes_on_with_fewer_workers(options, tmp_path):
+    saves = ["--checkpoint-every", "5", "--sync-every", "4", "--out", str(tmp_path / "run")]
+    words, run = [*options, *saves], RunFolder(tmp_path / "run")
+    both = members([*words, "--diloco-workers", "4"])
+    with started(*both, env=clean_env(JAX_NUM_CPU_DEVICES="2")) as processes:
+        while not (run.checkpoints_path / "10").exists():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        processes[1].kill()  # the other waits in a step for it until it is killed too
+    finish([*words, "--diloco-workers", "2"])
+    starts = [json.loads(x) for x in (run.path / "starts.jsonl").read_text().splitlines()]
+    assert [start["mesh"] for start in starts] == ["worker=4", "worker=2"]
+    assert 10 <= starts[1]["step"] < STEPS
+    found = np.array(losses(run.path))
+    assert len(found) == STEPS + 1
+    assert found[-1, 1] < 0.6 * found[0, 1]  # it has gone on learning
+
+
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_it_at_once_though_the_other_waits_for_it(options, tmp_path):
     first, second = members([*options, "--out", str(tmp_path / "run")])

@@ -182,6 +182,7 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys, signum, status):
         state_bytes=8,
         mesh=None,
         wire_bytes=0.0,
+        largest_wire_bytes=0.0,
         n_params=1,
         learning_rate=1.0,
         unigram_entropy=3.0,

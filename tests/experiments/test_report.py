@@ -197,12 +197,42 @@ def test_a_comparison_in_which_nothing_was_ever_finite_still_has_a_report(tmp_pa
 def test_entropy_is_drawn_only_where_the_curves_are():
     summary = make_comparison().table
     near, far = (
-        [text.get_text() for axes in plots.draw(summary, entropy).axes for text in axes.texts]
-        for entropy in (3.0, 30.0)
+        [text.get_text() for axes in figure.axes for text in axes.texts]
+        for figure in (plots.draw(summary, e, tokens_per_step=128) for e in (3.0, 30.0))
     )
     assert "unigram entropy" in near
     assert "unigram entropy" not in far
     assert "lion diverged" in far
+
+
+def test_curves_are_drawn_against_steps_tokens_seconds_and_where_any_are_sent_bytes():
+    labels = lambda figure: [axes.get_xlabel() for axes in figure.axes]
+    comparison = make_comparison()
+    alone = plots.draw(comparison.table, 3.0, tokens_per_step=128)
+    assert labels(alone) == ["step", "training seconds"]
+    (above,) = alone.axes[0].child_axes
+    assert above.get_xlabel() == "tokens"
+    plots.svg(alone)  # drawing sets the limits
+    assert above.get_xlim() == pytest.approx([0, 30 * 128])
+    sent = {"adamw": 4e6, "grams": 4e4, "lion": 4e6}
+    runs = [
+        dataclasses.replace(r, mesh="worker=8", wire_bytes=sent[r.optimizer])
+        for r in comparison.runs
+    ]
+    on_mesh = make_comparison(runs=tuple(runs)).table
+    figure = plots.draw(on_mesh, 3.0, tokens_per_step=128)
+    assert labels(figure) == ["step", "training seconds", "bytes sent per device"]
+    assert figure.axes[2].get_xlim() == pytest.approx([10 * 4e4, 30 * 4e6])
+    assert figure.axes[2].get_xscale() == "log"
+
+
+def test_an_outer_loop_around_all_is_said():
+    text = markup.to_markdown(report.document(make_comparison()))
+    assert "DiLoCo" not in text
+    runs = [dataclasses.replace(r, mesh="worker=8", wire_bytes=4.0) for r in make_comparison().runs]
+    settings = {**SETTINGS, "diloco_workers": 8}
+    inside = make_comparison(runs=tuple(runs), settings=settings)
+    assert "the inner one of DiLoCo" in markup.to_markdown(report.document(inside))
 
 
 def test_constant_schedules_are_named_as_the_exception():

@@ -179,8 +179,8 @@ def _loop(init, step, bound, direction="LT", condition=PLAIN, kept="%n", notes="
 )
 def test_trips_of_a_loop_are_read_from_its_text(text, trips):
     times = hlo.executions(hlo.parse(text))
-    assert times["body"] == hlo.Times(trips, True, False)
-    assert times["cond"] == hlo.Times(trips + 1, True, False)
+    assert times["body"] == hlo.Times(trips, True, None)
+    assert times["cond"] == hlo.Times(trips + 1, True, None)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +196,11 @@ def test_trips_of_a_loop_are_read_from_its_text(text, trips):
     ],
 )
 def test_a_loop_that_ends_when_data_say_counts_once_and_is_labelled(text):
-    assert hlo.executions(hlo.parse(text))["body"] == hlo.Times(1, False, False)
+    assert hlo.executions(hlo.parse(text))["body"] == hlo.Times(1, False, None)
 
 
 @pytest.mark.parametrize(
-    ("kept", "trips"), [("%m", hlo.Times(5 * 7, True, False)), ("%j", hlo.Times(5, False, False))]
+    ("kept", "trips"), [("%m", hlo.Times(5 * 7, True, None)), ("%j", hlo.Times(5, False, None))]
 )
 def test_a_bound_in_the_unchanging_carry_of_an_outer_loop_is_followed(kept, trips):
     inner, _, _ = _loop(0, 1, 7, condition=CARRIED).partition("ENTRY")
@@ -264,7 +264,11 @@ def test_branches_are_labelled_and_shared_functions_add_up():
 }
 %yes (y: f32[]) -> f32[] {
   %y = f32[] parameter(0)
-  ROOT %call = f32[] call(%y), to_apply=%leaf
+  %inner = f32[] call(%y), to_apply=%only
+  ROOT %call = f32[] call(%inner), to_apply=%leaf
+}
+%only (o: f32[]) -> f32[] {
+  ROOT %o = f32[] parameter(0)
 }
 ENTRY %main (p: pred[], x: f32[]) -> f32[] {
   %p = pred[] parameter(0)
@@ -278,10 +282,10 @@ ENTRY %main (p: pred[], x: f32[]) -> f32[] {
 }
 """
     times = hlo.executions(hlo.parse(text))
-    assert times["yes"] == hlo.Times(1, True, True)
-    assert times["leaf"] == hlo.Times(
-        3, True, True
-    )  # the fusion, the call in one branch, the other branch
+    assert times["yes"] == hlo.Times(1, True, ("branch", "yes"))
+    assert times["only"] == hlo.Times(1, True, ("branch", "yes"))
+    # The fusion, the call in one branch, the other branch.
+    assert times["leaf"] == hlo.Times(3, True, ("branch", "leaf"))
     assert "unused" not in times
 
 
@@ -305,7 +309,7 @@ def test_the_scan_over_layers_turns_once_a_layer_on_every_backend(name):
     times = hlo.executions(module)
     loops = [i for c in module.computations.values() for i in c.instructions if i.opcode == "while"]
     assert [times[loop.computation("body")] for loop in loops] == [
-        hlo.Times(WRITE["LAYERS"], True, False)
+        hlo.Times(WRITE["LAYERS"], True, None)
     ] * 2
 
 

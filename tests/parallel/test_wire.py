@@ -374,3 +374,30 @@ def test_a_compiled_program_its_text_and_its_parsed_text_are_one():
     compiled = WRITE["compiled"]("data_parallel", jax.devices())
     text = compiled.as_text()
     assert wire.collectives(compiled) == wire.collectives(text) == wire.collectives(hlo.parse(text))
+
+
+def _made_up(nbytes, axes=("worker",), branch=None):
+    return wire.Collective(
+        "all-reduce", "f32", nbytes, 1, 2, axes, 1, True, branch, "all-reduce.1", ""
+    )
+
+
+def test_branches_count_once_a_round_and_the_largest_step_takes_the_dearest_of_each_conditional():
+    found = [
+        _made_up(3.0),
+        _made_up(40.0, branch=("switch", "first")),
+        _made_up(8.0, branch=("switch", "first")),
+        _made_up(60.0, branch=("switch", "second")),
+        _made_up(500.0, branch=("other", "only")),
+    ]
+    assert wire.traffic(found, steps=4) == (3 + (40 + 8 + 60 + 500) / 4, 3 + 60 + 500)
+    assert wire.traffic(found) == (611, 611)  # how often is not known: the most there can be
+
+
+def test_a_round_of_workers_says_nothing_of_branches_that_concern_other_axes():
+    both = _made_up(10.0, axes=("worker", "model"), branch=("c", "b"))
+    alone = _made_up(7.0, axes=("model",), branch=("d", "b"))
+    unknown = _made_up(5.0, axes=None, branch=("e", "b"))
+    found = [both, alone, unknown]
+    assert wire.traffic(found, steps=5, axis="worker") == (7 + 5 + 10 / 5, 7 + 5 + 10)
+    assert wire.traffic([], steps=5) == (0, 0)
