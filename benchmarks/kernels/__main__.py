@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from benchmarks import _results
 from benchmarks.kernels import figures
 from jaxopt_suite.core.errors import UserError
-from jaxopt_suite.parallel.topologies import SETTINGS
+from jaxopt_suite.parallel.topologies import SETTINGS, is_installed
 
 RESULTS = _results.RESULTS / "kernels.json"
 
@@ -19,10 +19,10 @@ RESULTS = _results.RESULTS / "kernels.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
-    parser.add_argument("names", nargs="*", help="kernels; all by default")
+    parser.add_argument("names", nargs="*", help="kernels, or train_step; all by default")
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks.kernels", *options.names])
-    stamp = _results.stamp(command, packages=("jax", "libtpu"))
+    stamp = _results.stamp(command, packages=("jax",) + ("libtpu",) * is_installed("libtpu"))
     try:
         for row in figures.measure(options.names):
             _results.append(RESULTS, row | stamp)

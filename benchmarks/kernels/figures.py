@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import _results
+from benchmarks.kernels import steps
 from benchmarks.kernels.cases import all_cases, compiled
 from jaxopt_suite.parallel import topologies
 
@@ -17,14 +18,14 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """A row for every case and chip.
 
     Args:
-      names: of kernels; none: all.
+      names: of kernels, or ``train_step``; none: all.
 
     Raises:
       UserError: if there is no kernel of such a name.
       ModuleNotFoundError: if the TPU compiler is not installed; the message says how to get it.
     """
     cases = list(all_cases())
-    _results.check_names("kernel", names, {case.kernel for case in cases})
+    _results.check_names("kernel", names, {case.kernel for case in cases} | {steps.NAME})
     for topology in TOPOLOGIES:
         devices = np.array(topologies.describe(topology).devices[:1])
         mesh = Mesh(devices, ("chip",), axis_types=(AxisType.Auto,))
@@ -35,6 +36,12 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
             row = {"kernel": case.kernel, "case": case.what, "topology": topology}
             row["xla"] = _figures(compiled(case, "xla", place))
             row["pallas"] = _figures(compiled(case, "pallas", place))
+            print(_line(row), flush=True)
+            yield row
+    if not names or steps.NAME in names:
+        for what, programs in steps.programs():
+            row = {"kernel": steps.NAME, "case": what, "topology": steps.TOPOLOGY}
+            row |= {impl: _figures(program) for impl, program in programs.items()}
             print(_line(row), flush=True)
             yield row
 

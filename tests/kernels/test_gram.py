@@ -92,14 +92,13 @@ def test_a_statistic_may_be_kept_in_bfloat16(small_tiles):
     np.testing.assert_allclose(found.astype(np.float32), plain.astype(np.float32), rtol=2**-7)
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-def test_the_result_is_symmetric_to_the_last_bit_and_what_lies_above_is_not_read(mode, small_tiles):
-    statistics, blocks = given((2, 21, 21), mode)
+def test_the_result_is_symmetric_to_the_last_bit_and_what_lies_above_is_not_read(small_tiles):
+    statistics, blocks = given((2, 21, 21), 1)
     above = np.triu(np.ones((21, 21), bool), 1)
     spoiled = jnp.where(above, jnp.nan, statistics)
-    found = kernel(spoiled, blocks, B, W, mode=mode)
+    found = kernel(spoiled, blocks, B, W, mode=1)
     np.testing.assert_array_equal(found, jnp.swapaxes(found, 1, 2))
-    np.testing.assert_array_equal(found, kernel(statistics, blocks, B, W, mode=mode))
+    np.testing.assert_array_equal(found, kernel(statistics, blocks, B, W, mode=1))
 
 
 @pytest.mark.parametrize("impl", ["interpret", "xla"])
@@ -172,7 +171,7 @@ def test_bad_arguments_are_refused(change, error, message):
 @pytest.mark.parametrize("make", [shampoo, soap])
 def test_an_optimizer_with_the_kernel_takes_the_steps_of_the_one_without(make):
     rng = np.random.default_rng(0)
-    params = {"w": jnp.zeros((12, 8)), "v": jnp.zeros(5)}
+    params = {"w": jnp.zeros((12, 8))}
     draw = lambda: jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
     gradients = [draw() for _ in range(3)]
 
