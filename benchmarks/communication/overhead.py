@@ -2,20 +2,17 @@
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.step_time.timing import compare
+from benchmarks.step_time.timing import compare, milliseconds, train_step
 from jaxopt_suite.experiments import model
 from jaxopt_suite.optimizers import registry
 from jaxopt_suite.optimizers.compression import compressors
 from jaxopt_suite.optimizers.compression.compressor import Compressor
-from jaxopt_suite.parallel import make_train_step
 
 PRESET, BATCH, LENGTH, ROUNDS = "small", 16, 128, 7
 LIMIT = 0.15  # of the train step's time
@@ -35,7 +32,8 @@ def measure() -> Iterator[dict[str, Any]]:
     """One row: every compressor's time with error feedback, over the step's, timed in turns."""
     sizes = model.PRESETS[PRESET]
     graphdef, params = model.build(sizes, seed=0)
-    step = _step(graphdef, params, sizes)
+    tx = registry()["adamw"].make(1e-3)
+    step = train_step(graphdef, params, tx, batch_size=BATCH, seq_len=LENGTH)
     entries = []
     for name, compressor in SUBJECTS.items():
         found = compare(_round_trip(compressor, params), step, rounds=ROUNDS, warm_up=1)
@@ -59,22 +57,6 @@ def kept(rows: list[dict[str, Any]]) -> bool:
         for entry in row["entries"]
         if entry["compressor"] in _PROMISED
     )
-
-
-def _step(graphdef: Any, params: Any, sizes: model.ModelConfig) -> Callable[[], float]:
-    """Takes a step of AdamW on one device, and gives its milliseconds."""
-    recipe = registry()["adamw"]
-    step = make_train_step(functools.partial(model.loss_fn, graphdef), recipe.make(1e-3), None)
-    tokens = np.random.default_rng(0).integers(0, sizes.vocab_size, (BATCH, LENGTH + 1))
-    tokens = tokens.astype(np.int32)
-    state = step.init(jax.tree.map(jnp.copy, params))
-
-    def run() -> Any:
-        nonlocal state
-        state, metrics = step(state, tokens)
-        return metrics
-
-    return functools.partial(_milliseconds, run)
 
 
 def _round_trip(compressor: Compressor, params: Any) -> Callable[[], float]:
@@ -101,10 +83,4 @@ def _round_trip(compressor: Compressor, params: Any) -> Callable[[], float]:
         residuals, decoded = program(residuals, grads)
         return residuals, decoded
 
-    return functools.partial(_milliseconds, run)
-
-
-def _milliseconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return 1e3 * (time.perf_counter() - start)
+    return functools.partial(milliseconds, run)

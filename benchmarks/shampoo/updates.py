@@ -13,6 +13,7 @@ from benchmarks.parity import reference
 from benchmarks.parity.shampoo import METHOD
 from benchmarks.shampoo import timing
 from benchmarks.step_time import programs
+from benchmarks.step_time.timing import Runner
 from jaxopt_suite.experiments import model
 from jaxopt_suite.optimizers import shampoo, soap
 
@@ -78,19 +79,7 @@ def kept(row: dict[str, Any]) -> bool:
 
 
 def _ours(tx: optax.GradientTransformation, shapes: Any, draws: list[Any]) -> Callable[[], float]:
-    step = programs.compile_update(tx, shapes).step
-    params = programs.arrays(shapes, seed=0)
-    state, count = jax.jit(tx.init)(params), 0
-
-    def run() -> float:
-        nonlocal state, params, count
-        grads, count = draws[count % len(draws)], count + 1
-        start = time.perf_counter()
-        state, params = step(grads, state, params)
-        jax.block_until_ready((state, params))
-        return 1e3 * (time.perf_counter() - start)
-
-    return run
+    return Runner(programs.compile_update(tx, shapes), tx, programs.arrays(shapes, seed=0), draws)
 
 
 def _theirs(official: Any, shapes: Any, draws: list[Any]) -> Callable[[], float]:

@@ -34,12 +34,12 @@ def measure_updates(recipes: Sequence[Recipe], params: Any, *, rounds: int) -> l
     values, grads = programs.arrays(params, seed=0), programs.arrays(params, seed=1)
     baseline_tx = registry()[BASELINE].make(registry()[BASELINE].learning_rate)
     baseline = timing.Runner(
-        programs.compile_update(baseline_tx, params), baseline_tx, values, grads
+        programs.compile_update(baseline_tx, params), baseline_tx, values, [grads]
     )
     rows = []
     for subject in (s for recipe in recipes for s in programs.subjects(recipe)):
         program = programs.compile_update(subject.tx, params)
-        runner = timing.Runner(program, subject.tx, values, grads)
+        runner = timing.Runner(program, subject.tx, values, [grads])
         if subject.kind == "refresh step":  # seconds each, and alike from the first one on
             compared = timing.compare(runner, baseline, rounds=max(3, rounds // 20), warm_up=0)
         else:

@@ -1,5 +1,6 @@
 """Factorisations of many matrices at once."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -58,5 +59,5 @@ def batch_factorisation(
 
 
 def _one_by_one(fn: Callable[..., Any], args: Any, rows: int) -> Any:
-    found = [fn(*jax.tree.map(lambda x: x[i], args)) for i in range(rows)]  # noqa: B023
+    found = [fn(*jax.tree.map(operator.itemgetter(i), args)) for i in range(rows)]
     return jax.tree.map(lambda *x: jnp.stack(x), *found)

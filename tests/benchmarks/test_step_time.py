@@ -30,7 +30,7 @@ def test_the_compiled_update_is_the_optimizers_and_moves_at_least_the_least():
     values, grads = programs.arrays(params, seed=0), programs.arrays(params, seed=1)
     updates, _ = tx.update(grads, tx.init(values), values)
     expected = optax.apply_updates(values, updates)
-    runner = timing.Runner(program, tx, values, grads)
+    runner = timing.Runner(program, tx, values, [grads])
     assert runner() > 0.0
     _, found = program.step(grads, jax.jit(tx.init)(values), jax.tree.map(jnp.copy, values))
     assert jnp.allclose(found["w"], expected["w"], rtol=1e-6)  # another fusion, one rounding
