@@ -1,5 +1,10 @@
 """Gradient transformations: optax-style, pure, one algorithm family a file."""
 
+from jaxopt_suite.optimizers.adamw_8bit import (
+    ScaleByAdam8bitState,
+    adamw_8bit,
+    scale_by_adam_8bit,
+)
 from jaxopt_suite.optimizers.compression import compressors, feedback
 from jaxopt_suite.optimizers.compression.mean import CompressedMeanState, compressed_mean
 from jaxopt_suite.optimizers.demo import ScaleByDemoState, demo, scale_by_demo
@@ -65,6 +70,7 @@ __all__ = [
     "Paper",
     "Recipe",
     "SavicState",
+    "ScaleByAdam8bitState",
     "ScaleByDemoState",
     "ScaleByGramsState",
     "ScaleByOnebitAdamState",
@@ -77,6 +83,7 @@ __all__ = [
     "adagrad_sn",
     "adam_sn",
     "adam_snsm",
+    "adamw_8bit",
     "adamw_int8",
     "co2",
     "co2_adamw",
@@ -101,6 +108,7 @@ __all__ = [
     "relative_movement",
     "rmsprop_sn",
     "savic",
+    "scale_by_adam_8bit",
     "scale_by_demo",
     "scale_by_grams",
     "scale_by_onebit_adam",

@@ -13,6 +13,7 @@ import optax
 import optax.contrib
 
 from jaxopt_suite.optimizers import subset_norm, subspace_momentum
+from jaxopt_suite.optimizers.adamw_8bit import adamw_8bit, bytes_8bit, elements_8bit
 from jaxopt_suite.optimizers.demo import demo
 from jaxopt_suite.optimizers.diloco import (
     co2_adamw,
@@ -53,8 +54,10 @@ class Recipe:
       defaults: hyperparameters that comparisons use in place of the factory's own defaults.
       paper: where the method is from.
       state_formula: array elements of state for an m-by-n matrix, a = min(m, n), b = max(m, n),
-        r = rank clipped to what the matrix has; counters of one element are not counted.
-      state_elements: the same as a function ``(m, n, **hyperparameters)``.
+        r = rank clipped to what the matrix has; counters of one element are not counted. It ends
+        with "bytes" if it counts these.
+      state_elements: the elements as a function ``(m, n, **hyperparameters)``.
+      state_bytes: the bytes as such a function; None: four an element.
       peer: whether it is somebody else's, listed as a baseline.
       communicates: whether it calls collectives; such a factory has an argument ``axis_name``.
       apart: whether workers' parameters differ between its synchronisations.
@@ -73,6 +76,7 @@ class Recipe:
     paper: Paper
     state_formula: str
     state_elements: Callable[..., int]
+    state_bytes: Callable[..., int] | None = None
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peer: bool = False
     communicates: bool = False
@@ -255,6 +259,15 @@ def _ours() -> list[Recipe]:
             paper=Paper("SOAP: Improving and Stabilizing Shampoo using Adam", "2409.11321", 2024),
             state_formula="2mn + 2m² + 2n² + 3 (one block)",
             state_elements=lambda m, n, **hp: memory.soap_elements([(m, n)], **hp),
+        ),
+        Recipe(
+            name="adamw_8bit",
+            factory=adamw_8bit,
+            learning_rate=0.008,
+            paper=Paper("8-bit Optimizers via Block-wise Quantization", "2110.02861", 2021),
+            state_formula="2mn + 8m⌈n/256⌉ bytes",
+            state_elements=elements_8bit,
+            state_bytes=bytes_8bit,
         ),
     ]
 

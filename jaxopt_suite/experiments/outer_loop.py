@@ -42,16 +42,20 @@ def with_outer_loop(recipe: Recipe, config: LayoutConfig) -> Recipe:
         outer = _outer(config, axis_name)
         return diloco(inner, outer, sync_every=every, axis_name=axis_name)
 
-    momentum = 0 if config.outer_momentum == 0 else 1
-    elements = recipe.state_elements
+    copies = 1 if config.outer_momentum == 0 else 2  # outer parameters, and their momentum
+    elements, size = recipe.state_elements, recipe.state_bytes
+    formula = f"{recipe.state_formula} + {'2mn' if copies == 2 else 'mn'}"
+    if size is not None:
+        formula = f"{recipe.state_formula.removesuffix(' bytes')} + {4 * copies}mn bytes"
     return dataclasses.replace(
         recipe,
         factory=factory,
         communicates=True,
         apart=True,
         eval_params=outer_params,
-        state_formula=f"{recipe.state_formula} + {'2mn' if momentum else 'mn'}",
-        state_elements=lambda m, n, **hp: elements(m, n, **hp) + (1 + momentum) * m * n,
+        state_formula=formula,
+        state_elements=lambda m, n, **hp: elements(m, n, **hp) + copies * m * n,
+        state_bytes=size and (lambda m, n, **hp: size(m, n, **hp) + 4 * copies * m * n),
         wire="8mn (N-1)/N every sync_every steps",
         steps_per_round=lambda **_: every,
     )

@@ -29,12 +29,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Statistics of three gradients are singular, and float32 roots of them are made of rounding:
     # damped by 1e-6, two programs differ by a percent; by 1e-2, by no more than other methods.
     "shampoo": {"damping": roots.Relative(1e-2)},
+    "adamw_8bit": {"min_size": 0},  # small leaves would be kept in float32
 }
 
 # A program with roots or bases takes seconds to compile, and so does one that compresses leaf by
 # leaf. Of these the suite checks the points that share one, or need none; all of them are for
 # `make exhaustive`. PowerSGD, DeMo and DiLoCo stand for those that communicate.
-COSTLY = ("shampoo", "soap", "onebit_adam", "terngrad", "adamw_int8")
+COSTLY = ("shampoo", "soap", "adamw_8bit", "onebit_adam", "terngrad", "adamw_int8")
 CHEAP = (
     "accepts_abstract_params",
     "compiles_once",
@@ -64,6 +65,14 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "rmsprop_sn": [{"eps": -1.0}, {"subset": "columns"}],
     "adagrad_sn": [{"eps": -1.0}, {"subset": "columns"}],
     "adam_snsm": [{"rank": 0}, {"refresh_every": 0}, {"projection": "qr"}, {"b1": 1.5}],
+    "adamw_8bit": [
+        {"b1": 1.5},
+        {"eps": -1.0},
+        {"block": 0},
+        {"min_size": -1},
+        {"impl": "cuda"},
+        {"weight_decay": -0.5},
+    ],
     "adamw_int8": [{"b1": 1.5}, {"eps": -1.0}, {"quantiser": "int4"}, {"weight_decay": -0.5}],
     "onebit_adam": [
         {"b1": 1.5},

@@ -20,6 +20,12 @@ def make(recipe, rate=0.1, **hyperparameters):
     return recipe.make(rate, **axis, **hyperparameters)
 
 
+def bytes_of(recipe, m, n, **hyperparameters):
+    if recipe.state_bytes is None:
+        return 4 * recipe.state_elements(m, n, **hyperparameters)
+    return recipe.state_bytes(m, n, **hyperparameters)
+
+
 def stored(recipe, m, n, **hyperparameters):
     """Array elements and bytes of the state for one matrix, counters of one element left out."""
     like = {"w": jax.ShapeDtypeStruct((m, n), jnp.float32)}
@@ -35,7 +41,7 @@ def test_state_is_exactly_what_the_formula_says(name):
     for m, n in SHAPES:
         elements, size, _ = stored(recipe, m, n)
         assert elements == recipe.state_elements(m, n, **recipe.hyperparameters())
-        assert size == 4 * elements
+        assert size == bytes_of(recipe, m, n, **recipe.hyperparameters())
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,8 @@ def test_state_is_exactly_what_the_formula_says(name):
         ("adam_snsm", {"projection": "top_rows", "rank": 140}),
         ("adam_snsm", {"projection": "uniform_rows", "subset": 10}),
         ("adam_snsm", {"projection": "approx_svd", "rank": 1000}),
+        ("adamw_8bit", {"block": 64}),
+        ("adamw_8bit", {"min_size": 150 * 150 + 1}),  # one of the three is too small
         ("powersgd", {"rank": 1}),
         ("powersgd", {"rank": 30, "warmup_steps": 10}),
         ("shampoo", {"block_size": 64}),
@@ -63,8 +71,9 @@ def test_formulas_follow_the_hyperparameters(name, hyperparameters):
     recipe = RECIPES[name]
     for m, n in SHAPES:
         elements, size, _ = stored(recipe, m, n, **hyperparameters)
-        assert elements == recipe.state_elements(m, n, **recipe.hyperparameters() | hyperparameters)
-        assert size == 4 * elements
+        changed = recipe.hyperparameters() | hyperparameters
+        assert elements == recipe.state_elements(m, n, **changed)
+        assert size == bytes_of(recipe, m, n, **changed)
 
 
 def test_the_published_example_of_512_by_1376_at_rank_128():
@@ -83,8 +92,11 @@ def test_the_formula_in_words_is_the_formula_in_code(name):
     rank = recipe.hyperparameters().get("rank")
     names = {"m": m, "n": n, "a": min(m, n), "b": max(m, n), "r": rank}
     formula = recipe.state_formula.removesuffix(" (one block)").replace("²", "**2")
+    in_bytes, formula = formula.endswith(" bytes"), formula.removesuffix(" bytes")
+    formula = re.sub("⌈(.*)/(.*)⌉", r"*-(-\1//\2)", formula)  # the least integer above
     product = re.sub(r"(?<=[0-9a-z])(?=[a-z])", "*", formula)
-    assert eval(product, {}, names) == recipe.state_elements(m, n, **recipe.hyperparameters())
+    expected = bytes_of(recipe, m, n, **recipe.hyperparameters())
+    assert eval(product, {}, names) * (1 if in_bytes else 4) == expected
 
 
 def test_our_counters_are_int32_scalars_beside_flags():
@@ -104,6 +116,7 @@ def test_names_rates_and_papers_are_in_order():
     ours = [n for n, r in RECIPES.items() if not r.peer]
     peers = [n for n, r in RECIPES.items() if r.peer]
     alone = ["grams", "adam_sn", "rmsprop_sn", "adagrad_sn", "adam_snsm", "shampoo", "soap"]
+    alone += ["adamw_8bit"]
     together = ["adamw_int8", "onebit_adam", "powersgd", "terngrad", "demo"]
     apart = ["diloco", "streaming_diloco", "local_adamw", "eager_diloco", "co2", "savic"]
     assert ours == alone + together + apart
