@@ -19,6 +19,7 @@ from jaxopt_suite.parallel import specs as layouts
 from jaxopt_suite.parallel.specs import AnyMesh
 
 _LONG = 2**16  # elements from which on a vector is spread: below, what is saved is not worth it
+_BLOCK = 64  # entries of a row that a number is for, at least: with fewer it may be a rank
 
 _Path = tuple[Any, ...]
 _Owner = tuple[tuple[int, ...], PartitionSpec]  # shape and layout of a parameter
@@ -40,7 +41,8 @@ def state_specs(
     - has the parameter's spec, if it has its shape;
     - else takes over the entries of those of its dimensions that are the parameter's: the rows and
       columns of a factored moment, what ``keepdims`` left, the long side of a projection, the
-      trailing dimensions of a stack of copies;
+      trailing dimensions of a stack of copies; one number for a block of each row lies where the
+      block does, if no block is cut;
     - and is split over ``shard_state_over`` besides. Leaves of the parameter's shape then lie as
       ``zero_specs`` says, so that an elementwise update moves no data between devices.
 
@@ -74,7 +76,7 @@ def state_specs(
 
     def leaf_spec(path: _Path, leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         owner = _owner(owners, path)
-        spec = None if owner is None else _follow(leaf.shape, *owner)
+        spec = None if owner is None else _follow(leaf.shape, *owner, mesh)
         if spec is None:
             spec = _spread(leaf.shape, mesh, worker_axis)
         if owner is None:
@@ -114,10 +116,10 @@ def _owner(owners: dict[_Path, _Owner], path: _Path) -> _Owner | None:
 
 
 def _follow(
-    shape: tuple[int, ...], like: tuple[int, ...], spec: PartitionSpec
+    shape: tuple[int, ...], like: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
 ) -> PartitionSpec | None:
     """The layout of a leaf of its parameter's; None where they have no dimension in common."""
-    if shape == like:
+    if shape == like or _is_by_block(shape, like, spec, mesh):
         return spec
     pairs = _common(shape, like)
     is_stack = len(shape) > len(like)
@@ -128,6 +130,16 @@ def _follow(
     for i, j in pairs:
         entries[i] = given[j]
     return layouts.spec_of(entries)
+
+
+def _is_by_block(
+    shape: tuple[int, ...], like: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
+) -> bool:
+    """Whether a leaf has a number, such as a scale, for each block of a row, and none is cut."""
+    if not shape or not like or shape[:-1] != like[:-1] or 0 in shape or like[-1] % shape[-1]:
+        return False
+    across = layouts.entries_of(spec, len(like))[-1]
+    return like[-1] // shape[-1] >= _BLOCK and shape[-1] % layouts.parts(mesh, across) == 0
 
 
 def _common(shape: tuple[int, ...], like: tuple[int, ...]) -> list[tuple[int, int]]:

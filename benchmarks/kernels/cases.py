@@ -26,6 +26,7 @@ def all_cases() -> Iterator[Case]:
     """Every kernel's cases."""
     yield from _gram_updates()
     yield from _int8_messages()
+    yield from _adam8_updates()
 
 
 def _gram_updates() -> Iterator[Case]:
@@ -68,6 +69,28 @@ def _int8_messages() -> Iterator[Case]:
         (_array(workers, size, dtype="int8"), _array(workers, size // 256)),
         (),
     )
+
+
+def _adam8_updates() -> Iterator[Case]:
+    """Adam's step for one matrix with moments of 8 bits; a width of whole blocks, and another."""
+
+    def update(g: jax.Array, *moments: jax.Array, impl: Any) -> Any:
+        numbers = kernels.adam8_numbers(0.9, 0.999, 1e-8, (0.1, 0.001))
+        return kernels.adam8_update(g, kernels.Moments8(*moments), numbers, impl=impl)
+
+    for shape, dtype in (
+        ((2048, 8192), "float32"),
+        ((2048, 8192), "bfloat16"),
+        ((1000, 1376), "float32"),
+    ):
+        codes, scales = _array(*shape, dtype="uint8"), _array(shape[0], -(-shape[1] // 256))
+        yield Case(
+            "adam8_update",
+            f"{shape[0]} by {shape[1]}, {dtype} gradient",
+            update,
+            (_array(*shape, dtype=dtype), codes, scales, codes, scales),
+            tuple(range(5)),
+        )
 
 
 def _array(*shape: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
+from jaxopt_suite.optimizers import adamw_8bit
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
 from jaxopt_suite.optimizers.shampoo import shampoo
 from jaxopt_suite.parallel import topologies
@@ -118,3 +119,47 @@ def test_a_train_step_of_eight_workers_moves_less_memory_with_the_int8_kernels()
         return program.cost_analysis()["bytes accessed"]
 
     assert bytes_accessed("pallas") < 0.7 * bytes_accessed("xla")
+
+
+@pytest.mark.parametrize(
+    ("topology", "shape", "dtype"),
+    [
+        *[(chip, (1000, 4352), jnp.float32) for chip in CHIPS],  # the last tiles are not full
+        ("v5e:2x2", (777, 300), jnp.bfloat16),  # rows end inside a block
+        ("v5e:2x2", (3, 40, 128), jnp.float32),  # and are shorter than one
+    ],
+)
+def test_adam_in_8_bits_compiles_and_writes_over_gradient_and_state(topology, shape, dtype):
+    def update(g, *moments):
+        numbers = kernels.adam8_numbers(0.9, 0.999, 1e-8, (0.1, 0.001))
+        return kernels.adam8_update(g, kernels.Moments8(*moments), numbers, impl="pallas")
+
+    codes = (shape, jnp.uint8)
+    scales = ((*shape[:-1], -(-shape[-1] // 256)), jnp.float32)
+    structs = ((shape, dtype), codes, scales, codes, scales)
+    program = compiled(update, topology, *structs, donate=range(5))
+    memory = program.memory_analysis()
+    assert "adam8_update" in program.as_text()
+    assert memory.alias_size_in_bytes >= 0.99 * memory.output_size_in_bytes
+    if shape == (1000, 4352):
+        assert memory.temp_size_in_bytes < 2**18  # of 17 MB of gradient none is copied
+
+
+def test_a_train_step_on_sixteen_chips_takes_less_memory_with_adam_in_8_bits():
+    devices = topologies.describe("v5e:4x4").devices
+    mesh = parallel.make_mesh({"data": 4, "model": 4}, devices=devices)
+    params = {"w": jax.ShapeDtypeStruct((4096, 8192), jnp.float32)}
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+
+    def peak(tx, kernel):
+        step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": P("data", "model")})
+        program = step.lower(params, jax.ShapeDtypeStruct((64, 4096), jnp.float32)).compile()
+        assert ("adam8_update" in program.as_text()) == kernel
+        memory = program.memory_analysis()
+        return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+
+    held, temporary = peak(adamw_8bit(0.1, impl="pallas"), True)
+    plain, plain_temporary = peak(optax.adamw(0.1), False)
+    size = 4096 * 8192 // 16
+    assert plain - held == pytest.approx((6 - 8 / 256) * size, rel=1e-3)
+    assert temporary <= 1.1 * plain_temporary

@@ -1,13 +1,13 @@
 """AdamW with moments of 8 bits: what it keeps, where it is Adam, and where codes lie on a mesh."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import core, kernels, parallel
@@ -120,19 +120,23 @@ LAYOUTS = {
 }
 
 
-def on_mesh(spec, impl, shape=(64, 512), axis_types=AxisType.Auto, block=128):
-    """The state after two steps of training one matrix, and the program of a step."""
-    mesh = parallel.make_mesh(
-        {"data": 2, "model": 2}, devices=jax.devices()[:4], axis_types=axis_types
-    )
+PARAMS, BATCH = {"w": (64, 512)}, {"x": (8, 64)}
+
+
+def step_on_mesh(tx, spec):
+    """A train step of one matrix."""
+    mesh = parallel.make_mesh({"data": 2, "model": 2}, devices=jax.devices()[:4])
     loss = lambda p, batch: jnp.sum(jnp.square(batch["x"] @ p["w"])) + jnp.sum(p["w"] ** 3)
-    tx = adamw_8bit(0.1, impl=impl, block=block)
-    step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": spec})
-    params, batch = tree(0, {"w": shape}), tree(1, {"x": (8, shape[0])})
-    state = step.init(params)
+    return parallel.make_train_step(loss, tx, mesh, param_specs={"w": spec})
+
+
+def on_mesh(spec, impl, block=128):
+    """The state after two steps."""
+    step = step_on_mesh(adamw_8bit(0.1, impl=impl, block=block), spec)
+    state = step.init(tree(0, PARAMS))
     for _ in range(2):
-        state, _ = step(state, batch)
-    return state, step.lower(params, batch)
+        state, _ = step(state, tree(1, BATCH))
+    return state
 
 
 def mostly_equal(found, expected):
@@ -142,13 +146,13 @@ def mostly_equal(found, expected):
 
 @functools.cache
 def on_one_device():
-    return on_mesh(P(), "xla")[0]
+    return on_mesh(P(), "xla")
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("impl", ["xla", "interpret"])
 def test_a_mesh_changes_no_code_and_codes_lie_as_the_parameters_do(layout, impl):
-    state, _ = on_mesh(LAYOUTS[layout], impl)
+    state = on_mesh(LAYOUTS[layout], impl)
     expected = on_one_device()
     ours, whole = state.opt_state[0], expected.opt_state[0]
     assert (
@@ -165,9 +169,19 @@ def test_a_mesh_changes_no_code_and_codes_lie_as_the_parameters_do(layout, impl)
     assert mostly_equal(state.params["w"], expected.params["w"])
 
 
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+def test_nothing_crosses_a_mesh_that_does_not_for_adamw(impl):
+    def collectives(tx):
+        program = step_on_mesh(tx, LAYOUTS["both"]).lower(tree(0, PARAMS), tree(1, BATCH))
+        kinds = r" = \S+ (all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)\("
+        return sorted(re.findall(kinds, program.compile().as_text()))
+
+    assert collectives(adamw_8bit(0.1, impl=impl, block=128)) == collectives(optax.adamw(0.1))
+
+
 def test_where_a_device_has_pieces_of_blocks_the_compiler_keeps_their_meaning():
-    split, _ = on_mesh(P(None, "model"), "interpret", block=512)  # 256 on each
-    whole, _ = on_mesh(P(), "xla", block=512)
+    split = on_mesh(P(None, "model"), "interpret", block=512)  # 256 on each
+    whole = on_mesh(P(), "xla", block=512)
     assert mostly_equal(split.params["w"], whole.params["w"])
     np.testing.assert_allclose(
         split.opt_state[0].mu_scales["w"], whole.opt_state[0].mu_scales["w"], rtol=1e-5

@@ -235,6 +235,22 @@ def test_a_leaf_of_another_shape_keeps_the_entries_of_the_dimensions_it_has(shap
     assert found.leaves["w"] == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "expected"),
+    [
+        ((8, 4), P("fsdp", "model"), P("fsdp", "model")),  # blocks of 128 in rows of 512
+        ((8, 4), P(None, ("fsdp", "model")), P(None, ("fsdp", "model"))),
+        ((8, 2), P(None, ("fsdp", "model")), P()),  # a device has half a block
+        ((8, 16), P("fsdp", "model"), P("fsdp")),  # 32 entries each: it may be a rank
+        ((8, 3), P("fsdp", "model"), P("fsdp")),
+        ((8, 1), P("fsdp", "model"), P("fsdp")),
+    ],
+)
+def test_numbers_that_belong_to_blocks_of_a_row_lie_where_the_blocks_do(shape, spec, expected):
+    found = layouts(keeps(w=shape), {"w": like(8, 512)}, {"w": spec}, make_mesh(SIZES))
+    assert found.leaves["w"] == expected
+
+
 def test_what_is_left_of_a_square_matrix_takes_the_entry_of_its_own_place():
     square, spec, mesh = {"w": like(8, 8)}, {"w": P("fsdp", "model")}, make_mesh(SIZES)
     expected = {(8, 1): P("fsdp"), (1, 8): P(None, "model"), (8,): P("fsdp"), (8, 4): P("fsdp")}
