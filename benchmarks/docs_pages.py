@@ -141,8 +141,8 @@ def optimizers(results: pathlib.Path = _results.RESULTS) -> str:
         "# Optimizers\n",
         "Every recipe of `jaxopt_suite.optimizers.registry()`. State counts array elements for an "
         "m-by-n matrix: a = min(m, n), b = max(m, n), r = rank; counters of one element are not "
-        "counted; bytes where it says so. The learning rate is the peak rate tuned on the default task; of recipes that "
-        "communicate, with eight workers.\n",
+        "counted; bytes where it says so. The learning rate is the peak rate tuned on the default "
+        "task; of recipes that communicate, with eight workers.\n",
         table(
             ["name", "whose", "state", "learning rate", "schedule", "sends per step", "paper"],
             [_recipe(recipe) for recipe in recipes],

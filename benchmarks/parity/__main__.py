@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks import _results
 from benchmarks.parity import (
     adam_snsm,
+    adamw_8bit,
     compare,
     demo,
     diloco,
@@ -38,6 +39,7 @@ METHODS = {
         roots,
         shampoo,
         soap,
+        adamw_8bit,
         diloco,
     )
 }
