@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxopt_suite.core import tree_bytes
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments import assembly, model
 from jaxopt_suite.experiments.config import CompareConfig, TrainConfig
@@ -91,6 +92,15 @@ def test_its_state_is_counted_and_its_recipe_says_how_much():
         state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((8, 16), "float32")})
         elements = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
         assert recipe.state_elements(8, 16) == elements == (3 if momentum == 0.0 else 4) * 8 * 16
+
+
+def test_bytes_are_counted_where_the_inner_recipe_counts_them():
+    recipe = with_outer_loop(registry()["adamw_8bit"], TrainConfig(**COMMON, diloco_workers=4))
+    tx = recipe.make(1e-3, axis_name="worker")
+    state = jax.eval_shape(tx.init, {"w": jax.ShapeDtypeStruct((64, 128), "float32")})
+    size = tree_bytes([leaf for leaf in jax.tree.leaves(state) if leaf.ndim])
+    assert recipe.state_bytes(64, 128) == size == (2 + 8) * 64 * 128 + 8 * 64
+    assert recipe.state_formula == "2mn + 8m⌈n/256⌉ + 8mn bytes"
 
 
 @pytest.mark.parametrize(
