@@ -12,7 +12,7 @@ import hypothesis
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Thousands of small programs are compiled and run once. Without LLVM's optimiser the suite takes a
-# third less time, and where fusions are not emitted through MLIR the rest is compiled in half of it.
+# third less time, and without MLIR's emitter of fusions they are compiled in half of the rest.
 # XLA's own passes, and so the programs' operations, are as ever. An unknown flag ends the process.
 XLA_FLAGS = [
     "--xla_force_host_platform_device_count=8",

@@ -1,8 +1,8 @@
 """Outer loops on the default task: loss, bytes, and what workers that come and go cost.
 
 Eight workers share the batch of the data-parallel baseline, so that all see the same tokens. Every
-method's inner rate is swept with a seed that no result uses. Rate and momentum of the outer step are
-the best of a few that were tried beforehand.
+method's inner rate is swept with a seed that no result uses. Rate and momentum of the outer step
+are the best of a few that were tried beforehand.
 """
 
 import statistics
