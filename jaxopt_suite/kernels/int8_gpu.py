@@ -28,6 +28,7 @@ from jaxopt_suite import core
 
 BLOCKS = (128, 256)  # a row fills a warp, and the copy engine takes 256 entries of one at most
 _ROWS = 32  # of a tile: their scales are 128 bytes, the least that Mosaic of JAX 0.10.2 copies
+_WHOLE = 4  # scales: where there is a row of them for each worker the copy engine wants 16 bytes
 _LEVELS = 127.0
 _STAGES = 4  # of the messages of the workers, so many are on their way at a time
 
@@ -53,7 +54,7 @@ def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Arra
         _encode_tile,
         out_type=[
             jax.ShapeDtypeStruct((rows, block), jnp.int8),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
+            jax.ShapeDtypeStruct((rows + -rows % _WHOLE,), jnp.float32),
             jax.ShapeDtypeStruct((rows, block), jnp.float32),
         ],
         scratch_types=[
@@ -69,7 +70,9 @@ def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Arra
         interpret=interpret,
     )(matrix)
     flat = lambda blocks: blocks.reshape(-1)[: x.size]
-    return core.vary((flat(codes), scales, flat(decoded).reshape(x.shape)), core.varying_axes(x))
+    return core.vary(
+        (flat(codes), scales[:rows], flat(decoded).reshape(x.shape)), core.varying_axes(x)
+    )
 
 
 def _encode_tile(
@@ -87,17 +90,25 @@ def _encode_tile(
     plgpu.copy_gmem_to_smem(x_ref.at[rows], x_tile, loaded)
     plgpu.barrier_wait(loaded)
     x = plgpu.layout_cast(x_tile[...], _LAYOUT)
-    largest = jnp.max(jnp.abs(x), axis=1)  # NaN where an entry is: the instruction is max.NaN
-    scale = jnp.where(largest < jnp.inf, jnp.where(largest == 0, 1.0, largest), jnp.nan)
-    code = jnp.round(x / _spread(scale, x_tile.shape) * _LEVELS)
+    code, scale, decoded = _encoded(x)
     codes_tile[...] = code.astype(jnp.int32).astype(jnp.int8)
     scales_tile[...] = scale
-    x_tile[...] = code * _spread(scale / _LEVELS, x_tile.shape)
+    x_tile[...] = decoded
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(codes_tile, codes_ref.at[rows])
     plgpu.copy_smem_to_gmem(scales_tile, scales_ref.at[rows])
     plgpu.copy_smem_to_gmem(x_tile, decoded_ref.at[rows])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _encoded(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Codes float32, scales, and decoded message of a block in each row."""
+    magnitude = jnp.abs(x)
+    # A maximum need not be NaN where an entry is.
+    largest = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.inf), axis=1)
+    scale = jnp.where(largest < jnp.inf, jnp.where(largest == 0, 1.0, largest), jnp.nan)
+    code = jnp.round(x / _spread(scale, x.shape) * _LEVELS)
+    return code, scale, code * _spread(scale / _LEVELS, x.shape)
 
 
 def mean(
@@ -135,7 +146,7 @@ def mean(
     )(
         worker.reshape(1),
         _padded(codes, block).reshape(workers, rows, block),
-        _padded(scales, 4),  # the copy engine wants rows of whole 16 bytes
+        _padded(scales, _WHOLE),
         *(_padded(x.reshape(-1), block).reshape(rows, block) for x in own),
     )
     axes = frozenset[str]().union(*map(core.varying_axes, (worker, codes, scales, *own)))
