@@ -2,6 +2,10 @@
 
 import functools
 import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +21,7 @@ from jaxopt_suite.parallel import topologies
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
-    reason="this JAX has no public interpreter of Mosaic GPU; 0.12 has",
+    reason="this JAX has no public interpreter of Mosaic GPU; 0.11 has",
 )
 compiled = pytest.mark.skipif(
     None in map(importlib.util.find_spec, ("jax_plugins", "jax_cuda12_plugin")),
@@ -183,14 +187,31 @@ def test_where_there_is_no_kernel_the_program_is_refused(call, platform, message
                 run(jnp.ones((4, 4, 8)))
 
 
-@compiled
-@pytest.mark.parametrize("gpu", ["h100", "h200", "b200"])
-@pytest.mark.parametrize("name", list(programs()))
-def test_they_compile_for_gpus_that_are_not_there(gpu, name):
+def compile_for(gpu):
+    """In a process of its own: JAX keeps a compiled kernel by its text, and not by the GPU."""
     devices = np.array(topologies.describe(f"{gpu}:1x1x1").devices)
     place = NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
-    fn, arguments = programs(shape=(64, 256))[name]
-    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
-    program = jax.jit(fn).lower(*arguments).compile()
-    assert program.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
-    assert program.memory_analysis().temp_size_in_bytes < 100  # nothing is laid out anew
+    for fn, arguments in programs(shape=(64, 256)).values():
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
+        program = jax.jit(fn).lower(*arguments).compile()
+        assert program.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
+        assert program.memory_analysis().temp_size_in_bytes < 100  # nothing is laid out anew
+
+
+@compiled
+@pytest.mark.parametrize(("gpu", "target"), [("h100", "sm_90a"), ("b200", "sm_100a")])
+def test_they_compile_for_gpus_that_are_not_there_and_spill_no_registers(gpu, target, tmp_path):
+    here = pathlib.Path(__file__)
+    dump = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}
+    command = f"import {here.stem} as tests; tests.compile_for({gpu!r})"
+    root = here.parents[2]
+    env = {**os.environ, **dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=here.parent, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reports = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert len(reports) == len(programs())
+    for report in reports:
+        assert f"for '{target}'" in report
+        assert "0 bytes spill stores, 0 bytes spill loads" in report
