@@ -98,12 +98,12 @@ def scale_by_adam_8bit(
     def init(params: optax.Params) -> ScaleByAdam8bitState:
         core.check_real_floating(params, "adam_8bit")
 
-        def zeros(p: Any) -> kernels.Moments8:
+        def zeros(p: Any) -> tuple[Any, ...]:
             shape = jnp.shape(p)
             if in_8_bits(shape, block, min_size):
                 return kernels.adam8_zeros(shape, block=block)
             plain = lambda: jnp.zeros(shape, core.accumulator_dtype(p))
-            return kernels.Moments8(plain(), None, plain(), None)
+            return plain(), None, plain(), None
 
         count = jnp.zeros((), jnp.int32)
         return ScaleByAdam8bitState(count, *core.map_unzip(zeros, 4, params))
@@ -187,17 +187,19 @@ def _adam_8bit(
     spec: PartitionSpec | None,
 ) -> tuple[jax.Array, kernels.Moments8]:
     """The rule on moments in 8 bits; the kernel on what each device has of them."""
-    axes = {} if spec is None else _shards.free_axes()
-    if kernels.resolve("adam8_update", impl) == "xla" or not axes:
-        return kernels.adam8_update(g, moments, numbers, block=block, impl=impl)
+    whole = functools.partial(kernels.adam8_update, block=block)
+    axes = _shards.free_axes()
+    if spec is None or not axes or kernels.resolve("adam8_update", impl) == "xla":
+        return whole(g, moments, numbers, impl=impl)
     across = _shards.axes_of(PartitionSpec(*spec[g.ndim - 1 :]))
     parts = math.prod(axes.get(axis, 1) for axis in across)
     if parts > 1 and g.shape[-1] % (parts * block):  # a device has pieces of blocks
-        return kernels.adam8_update(g, moments, numbers, block=block, impl="xla")
+        return whole(g, moments, numbers, impl="xla")
+    layouts: Any = (spec, kernels.Moments8(*[spec] * 4))  # type: ignore[arg-type]
     return _shards.run_on_shards(
-        lambda own, numbers: kernels.adam8_update(*own, numbers, block=block, impl=impl),
+        lambda own, numbers: whole(own[0], own[1], numbers, impl=impl),
         ((g, moments), numbers),
-        ((spec, kernels.Moments8(spec, spec, spec, spec)), PartitionSpec()),
+        (layouts, PartitionSpec()),
         like=0,
         axes=tuple(axes),
     )

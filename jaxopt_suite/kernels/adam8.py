@@ -23,6 +23,7 @@ from jaxopt_suite.kernels import dynamic8
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
+    by_platform,
     interpreter,
     resolve,
     struct_like,
@@ -121,8 +122,12 @@ def adam8_update(
     rows, columns = math.prod(gradient.shape[:-1]), gradient.shape[-1]
     g, mu, mu_scales, nu, nu_scales = (x.reshape(rows, -1) for x in (gradient, *moments))
     # XLA keeps an array of few columns the other way round: of the scales nothing is moved.
-    operands = g, mu, mu_scales.T, nu, nu_scales.T
-    found = _call(numbers, *operands, block=min(block, columns), impl=chosen)
+    operands = alike_varying(numbers, g, mu, mu_scales.T, nu, nu_scales.T)
+    kernel = functools.partial(_call, block=min(block, columns), impl=chosen)
+    if chosen == "interpret":
+        found = kernel(*operands)
+    else:
+        found = by_platform("adam8_update", *operands, tpu=kernel)
     u, mu, mu_scales, nu, nu_scales = found
     new = mu, mu_scales.T, nu, nu_scales.T
     shaped = [x.reshape(old.shape) for x, old in zip(new, moments, strict=True)]
@@ -192,16 +197,14 @@ def _call(
     height = min(rows, max(_ROWS, _ENTRIES // (groups * block) // _ROWS * _ROWS))
     entries = pl.BlockSpec((height, groups * block), lambda i, j: (i, j))
     scales = pl.BlockSpec((groups, height), lambda i, j: (j, i))
-    operands = alike_varying(numbers, gradient, *moments)
     body = functools.partial(_kernel, block=block, groups=groups, columns=columns)
-    like = operands[1]
     return pl.pallas_call(
         body,
         name="adam8_update",
         grid=(-(-rows // height), -(-blocks // groups)),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), entries, *[entries, scales] * 2],
         out_specs=[entries, *[entries, scales] * 2],
-        out_shape=[struct_like(x.shape, x.dtype, like) for x in (gradient, *moments)],
+        out_shape=[struct_like(x.shape, x.dtype, gradient) for x in (gradient, *moments)],
         # All but the numbers. The interpreter pads what it writes over, and does not cut it again.
         input_output_aliases={} if impl == "interpret" else {i + 1: i for i in range(5)},
         compiler_params=tpu_parameters(impl, "parallel", "parallel"),
@@ -211,7 +214,7 @@ def _call(
             transcendentals=gradient.size,
         ),
         interpret=interpreter(impl),
-    )(*operands)
+    )(numbers, gradient, *moments)
 
 
 def _kernel(

@@ -70,10 +70,10 @@ def decode(codes: jax.Array, book: CodeBook) -> jax.Array:
     """The entries of codes uint8 ``[...]``, float32, between -1 and 1."""
     numbers = codes.astype(jnp.float32) - book.zero_code
     levels = jnp.abs(numbers) + book.zero
-    p = unit = None
-    for count, c in zip(book.counts, book.units, strict=True):
-        p = count if p is None else jnp.where(levels >= count, float(count), p)
-        unit = c if unit is None else jnp.where(levels >= count, c, unit)
+    p, unit = jnp.float32(book.counts[0]), jnp.float32(book.units[0])
+    for count, c in zip(book.counts[1:], book.units[1:], strict=True):
+        p = jnp.where(levels >= count, float(count), p)
+        unit = jnp.where(levels >= count, c, unit)
     inner = unit * (18 * levels - 16 * p + 9)
     outer = jnp.where(levels == book.top, 1.0, jnp.where(levels == book.zero, 0.0, inner))
     return jnp.where(numbers < 0, -outer, outer)
@@ -86,7 +86,7 @@ def encode(x: jax.Array, book: CodeBook) -> jax.Array:
     zero. For an unsigned code book x is at least 0.
     """
     size = jnp.abs(x)
-    p, unit = float(book.counts[0]), book.units[0]
+    p, unit = jnp.float32(book.counts[0]), jnp.float32(book.units[0])
     for count, c, above in zip(book.counts[1:], book.units[1:], book.above[1:], strict=True):
         p = jnp.where(size > above, float(count), p)
         unit = jnp.where(size > above, c, unit)
