@@ -130,7 +130,8 @@ def scale_by_adam_8bit(
             step, moments = update_leaf(g, moments, spec=spec)
             return step, *moments
 
-        specs = _specs(updates, param_specs)
+        by_kernel = kernels.resolve("adam8_update", impl) != "xla"
+        specs = _specs(updates, param_specs if by_kernel else None)
         updates, *moments = core.map_unzip(leaf, 5, updates, *state[1:], specs)
         return updates, ScaleByAdam8bitState(count, *moments)
 
@@ -184,12 +185,12 @@ def _adam_8bit(
     numbers: jax.Array,
     block: int,
     impl: kernels.Impl,
-    spec: PartitionSpec | None,
+    spec: PartitionSpec | None,  # for the kernel: XLA splits its own programs
 ) -> tuple[jax.Array, kernels.Moments8]:
     """The rule on moments in 8 bits; the kernel on what each device has of them."""
     whole = functools.partial(kernels.adam8_update, block=block)
     axes = _shards.free_axes()
-    if spec is None or not axes or kernels.resolve("adam8_update", impl) == "xla":
+    if spec is None or not axes:
         return whole(g, moments, numbers, impl=impl)
     across = _shards.axes_of(PartitionSpec(*spec[g.ndim - 1 :]))
     parts = math.prod(axes.get(axis, 1) for axis in across)
