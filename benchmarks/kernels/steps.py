@@ -1,6 +1,6 @@
 """Whole train steps with and without kernels: what a kernel saves where it is used."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,28 +9,47 @@ import optax
 
 from jaxopt_suite import parallel
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
+from jaxopt_suite.optimizers.demo import demo
 from jaxopt_suite.parallel import topologies
 
-NAME = "train_step"
-TOPOLOGY, WORKERS, SHAPE, BATCH = "v5e:2x4", 8, (1024, 4096), 64
+NAME, AXIS = "train_step", "worker"
+SHAPE, BATCH = (1024, 4096), 64
 
 
-def programs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each step is in words, and its programs by implementation."""
+def programs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What each step is in words, its topology, and its programs by implementation."""
     for exchange in ("gather", "two_phase"):
-        what = f"{WORKERS} workers, {SHAPE[0]} by {SHAPE[1]}, int8 with EF, {exchange}"
-        yield what, {impl: _int8_step(exchange, impl) for impl in ("xla", "pallas")}
+        yield _compared(
+            f"int8 with EF, {exchange}",
+            lambda impl, exchange=exchange: optax.chain(
+                compressed_mean(compressors.int8(impl=impl), axis_name=AXIS, exchange=exchange),
+                optax.sgd(0.1),
+            ),
+            "v5e:2x4",
+            8,
+        )
+    yield _compared(
+        "DeMo; of the loop over messages one round counted",
+        lambda impl: demo(0.1, axis_name=AXIS, impl=impl),
+        "v5e:4x4",
+        16,
+    )
 
 
-def _int8_step(exchange: str, impl: Any) -> Any:
-    devices = topologies.describe(TOPOLOGY).devices
-    mesh = parallel.make_mesh({"worker": WORKERS}, devices=devices)
-    mean = compressed_mean(compressors.int8(impl=impl), axis_name="worker", exchange=exchange)
+def _compared(
+    what: str, make: Callable[[Any], Any], topology: str, workers: int
+) -> tuple[str, str, dict[str, Any]]:
+    what = f"{workers} workers, {SHAPE[0]} by {SHAPE[1]}, {what}"
+    return what, topology, {x: _program(make(x), topology, workers) for x in ("xla", "pallas")}
+
+
+def _program(tx: Any, topology: str, workers: int) -> Any:
+    mesh = parallel.make_mesh({AXIS: workers}, devices=topologies.describe(topology).devices)
     step = parallel.make_train_step(
         lambda params, batch: jnp.mean(jnp.square(batch @ params["w"])),
-        optax.chain(mean, optax.sgd(0.1)),
+        tx,
         mesh,
-        worker_axis="worker",
+        worker_axis=AXIS,
     )
     params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
     return step.lower(params, jax.ShapeDtypeStruct((BATCH, SHAPE[0]), jnp.float32)).compile()

@@ -14,6 +14,7 @@ IMPLS = ("auto", "xla", "pallas", "interpret")
 # What "auto" takes. A kernel stands here once its time on hardware has been measured and committed
 # to benchmarks/results, and has beaten the compiler's. None has been run on hardware yet.
 AUTO: Mapping[str, Literal["xla", "pallas"]] = {
+    "dct_top_k": "xla",
     "gram_update": "xla",
     "int8_encode": "xla",
     "int8_mean": "xla",
