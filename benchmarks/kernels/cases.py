@@ -27,6 +27,7 @@ def all_cases() -> Iterator[Case]:
     yield from _gram_updates()
     yield from _int8_messages()
     yield from _coefficients()
+    yield from _signs()
 
 
 def _gram_updates() -> Iterator[Case]:
@@ -59,6 +60,21 @@ def _int8_messages() -> Iterator[Case]:
 def _coefficients() -> Iterator[Case]:
     """A matrix with what DeMo or error feedback keeps of it, and 32 coefficients a chunk."""
     yield _with_residual("dct_top_k", compressors.dct_top_k, (2048, 8192))
+
+
+def _signs() -> Iterator[Case]:
+    """The same of signs in blocks, as of codes of 8 bits."""
+    shape, workers = (2048, 8192), 8
+    size = shape[0] * shape[1]
+    make = functools.partial(compressors.sign, block=256)
+    yield _with_residual("sign_encode", make, shape)
+    yield Case(
+        "sign_mean",
+        f"{workers} messages of {shape[0]} by {shape[1]}; of XLA's loop one round counted",
+        functools.partial(kernels.sign_mean, shape=shape),
+        (_array(workers, size // 8, dtype="uint8"), _array(workers, size // 256)),
+        (),
+    )
 
 
 def _with_residual(kernel: str, make: Callable[..., Any], shape: tuple[int, int]) -> Case:

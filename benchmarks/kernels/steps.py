@@ -1,5 +1,6 @@
 """Whole train steps with and without kernels: what a kernel saves where it is used."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,21 +20,21 @@ SHAPE, BATCH = (1024, 4096), 64
 def programs() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What each step is in words, its topology, and its programs by implementation."""
     for exchange in ("gather", "two_phase"):
-        yield _compared(
-            f"int8 with EF, {exchange}",
-            lambda impl, exchange=exchange: optax.chain(
-                compressed_mean(compressors.int8(impl=impl), axis_name=AXIS, exchange=exchange),
-                optax.sgd(0.1),
-            ),
-            "v5e:2x4",
-            8,
-        )
+        make = functools.partial(_sgd, compressors.int8, exchange)
+        yield _compared(f"int8 with EF, {exchange}", make, "v5e:2x4", 8)
+    make = functools.partial(_sgd, functools.partial(compressors.sign, block=256), "gather")
+    yield _compared("signs in blocks with EF, gather", make, "v5e:4x4", 16)
     yield _compared(
         "DeMo; of the loop over messages one round counted",
         lambda impl: demo(0.1, axis_name=AXIS, impl=impl),
         "v5e:4x4",
         16,
     )
+
+
+def _sgd(codec: Callable[..., Any], exchange: Any, impl: Any) -> Any:
+    mean = compressed_mean(codec(impl=impl), axis_name=AXIS, exchange=exchange)
+    return optax.chain(mean, optax.sgd(0.1))
 
 
 def _compared(

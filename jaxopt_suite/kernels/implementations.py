@@ -18,6 +18,8 @@ AUTO: Mapping[str, Literal["xla", "pallas"]] = {
     "gram_update": "xla",
     "int8_encode": "xla",
     "int8_mean": "xla",
+    "sign_encode": "xla",
+    "sign_mean": "xla",
 }
 
 

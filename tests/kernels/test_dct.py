@@ -112,6 +112,18 @@ def coefficients(x, sides):
     return (rows @ chunks @ columns.T).reshape(-1, a * b)
 
 
+def test_the_last_bit_of_a_magnitude_counts_and_of_equal_ones_the_first_is_taken(monkeypatch):
+    for module in (dct, codec):
+        monkeypatch.setattr(module, "dct_matrix", lambda n: np.eye(n, dtype=np.float32))
+    rng = np.random.default_rng(0)
+    last_bits = rng.integers(0, 6, size=(16, 48)) * 2.0**-23
+    x = jnp.asarray(rng.choice([-1, 1], size=(16, 48)) * (1 + last_bits), jnp.float32)
+    found, expected = both(x, 12, (16, 16))
+    assert_same_bits(found, expected)
+    magnitudes = -np.sort(-np.abs(coefficients(x, (16, 16))), axis=1)
+    assert np.any(magnitudes[:, 11] == magnitudes[:, 12])
+
+
 def test_chunks_with_few_coefficients_and_of_all_sizes_are_the_definitions(exact):
     x = drawn(16, 80, integers=True)
     for i, value in enumerate([0.0, 2.0**-140, 2.0**-120, 2.0**120]):  # powers of two: still exact

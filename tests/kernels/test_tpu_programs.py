@@ -156,3 +156,28 @@ def test_a_train_step_of_demo_on_sixteen_chips_moves_less_memory_with_the_kernel
         return program.cost_analysis()["bytes accessed"]
 
     assert bytes_accessed("pallas") < 0.85 * bytes_accessed("xla")
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("shape", [(576, 1280), (24, 1024)])  # as it lies; laid out anew
+def test_signs_compile_and_need_little_temporary_memory(topology, shape):
+    size = shape[0] * shape[1]
+    encode = functools.partial(kernels.sign_encode, scale="l2", impl="pallas")
+    program = compiled(encode, topology, (shape, jnp.float32))
+    assert "sign_encode" in program.as_text()
+    mean = lambda bits, scales: kernels.sign_mean(bits, scales, shape, impl="pallas")
+    payloads = ((4, size // 8), jnp.uint8), ((4, size // 256), jnp.float32)
+    assert "sign_mean" in compiled(mean, topology, *payloads).as_text()
+    if shape[0] % 64 == 0:  # scales are padded to 128 columns, bits are copied before they lie flat
+        assert program.memory_analysis().temp_size_in_bytes < size
+
+
+def test_a_train_step_on_sixteen_chips_has_the_kernels_of_signs():
+    mesh = parallel.make_mesh({"worker": 16}, devices=topologies.describe("v5e:4x4").devices)
+    mean = compressed_mean(compressors.sign(block=256, impl="pallas"), axis_name="worker")
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+    tx = optax.chain(mean, optax.sgd(0.1))
+    step = parallel.make_train_step(loss, tx, mesh, worker_axis="worker")
+    params = {"w": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
+    program = step.lower(params, jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile()
+    assert all(name in program.as_text() for name in ("sign_encode", "sign_mean"))
