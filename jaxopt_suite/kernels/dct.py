@@ -227,8 +227,8 @@ def _kernel(
         x = coefficients_ref[band]
         finite = jnp.abs(x) < jnp.inf
         spoiled = _chunk_sums(~finite, b) > 0
-        half = _by_tiles(jnp.where(finite, x, 0.0), right_ref[...], (1, 1), _HIGHEST)
-        coefficients = _product(left_ref[...], half, (1, 0), _HIGHEST)
+        half = _tiled(jnp.where(finite, x, 0.0), right_ref[...], (1, 1), _HIGHEST)
+        coefficients = _product(left_ref[...], half, precision=_HIGHEST)
         coefficients_ref[band] = jnp.where(spoiled, jnp.nan, coefficients)
 
     order = _order(coefficients_ref[...])
@@ -254,7 +254,7 @@ def _kernel(
 
         spoiled = _chunk_sums(selected & ~(jnp.abs(sent) < jnp.inf), b) > 0
         sent = jnp.where(selected & ~spoiled, sent, 0.0)
-        half = _by_tiles(sent, right_ref[...], (1, 0), _HIGHEST)
+        half = _tiled(sent, right_ref[...], precision=_HIGHEST)
         entries = _product(left_ref[...], half, (0, 0), _HIGHEST)
         decoded_ref[0, rows_of(band), :] = jnp.where(spoiled, jnp.nan, entries)
 
@@ -282,9 +282,9 @@ class _Ranks(NamedTuple):
         lower = _zeros_and_ones(_positions((a, a), 1) < _positions((a, a), 0))
         place = (_LANES, _LANES)
         earlier = _same_chunk(b) & (_positions(place, 0) < _positions(place, 1))
-        here = _by_tiles(ones, _zeros_and_ones(_same_chunk(b)), (1, 0))
-        before = _product(lower, here.astype(jnp.bfloat16), (1, 0))
-        return cls(before + _by_tiles(ones, _zeros_and_ones(earlier), (1, 0)), before, here)
+        here = _tiled(ones, _zeros_and_ones(_same_chunk(b)))
+        before = _product(lower, here.astype(jnp.bfloat16))
+        return cls(before + _tiled(ones, _zeros_and_ones(earlier)), before, here)
 
 
 def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
@@ -304,7 +304,7 @@ def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array,
         columns_bits = bits[:, tile].T
         pieces = [(columns_bits >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
         pieces = jnp.concatenate([rank[:, tile].T, *pieces]).astype(jnp.bfloat16)
-        rows = _product(pieces, _zeros_and_ones(picks[:, tile]), (1, 0))
+        rows = _product(pieces, _zeros_and_ones(picks[:, tile]))
         rank_there, *bytes_there = rows.reshape(5, _LANES, _LANES)
         there = same & (rank_there == slot[:1, tile])
         word = sum(x.astype(jnp.int32) << 8 * i for i, x in enumerate(bytes_there))
@@ -322,7 +322,7 @@ def _chunk_sums(flags: jax.Array, b: int) -> jax.Array:
       b: columns of a chunk.
     """
     counts = jnp.sum(jnp.where(flags, 1.0, 0.0), axis=-2).reshape(-1, flags.shape[-1])
-    return _by_tiles(counts.astype(jnp.bfloat16), _zeros_and_ones(_same_chunk(b)), (1, 0))
+    return _tiled(counts.astype(jnp.bfloat16), _zeros_and_ones(_same_chunk(b)))
 
 
 def _same_chunk(b: int) -> jax.Array:
@@ -331,28 +331,20 @@ def _same_chunk(b: int) -> jax.Array:
     return (_positions(place, 0) & -b) == (_positions(place, 1) & -b)
 
 
-def _by_tiles(
-    x: jax.Array,
-    matrix: jax.Array,
-    contracted: tuple[int, int],
-    precision: jax.lax.Precision = _EXACT,
+def _tiled(
+    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
 ) -> jax.Array:
     """Products of every 128 columns of ``x`` with a matrix ``[128, 128]``, side by side."""
     tiles = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
-    return jnp.concatenate([_product(t, matrix, contracted, precision) for t in tiles], axis=1)
+    return jnp.concatenate([_product(tile, y, axes, precision) for tile in tiles], axis=1)
 
 
 def _product(
-    x: jax.Array,
-    y: jax.Array,
-    contracted: tuple[int, int],
-    precision: jax.lax.Precision = _EXACT,
+    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
 ) -> jax.Array:
-    """A product of matrices, summed in float32."""
-    dimensions = (contracted[:1], contracted[1:]), ((), ())
-    return jax.lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
+    """A product of matrices that sums over these axes, in float32."""
+    over = ((axes[0],), (axes[1],)), ((), ())
+    return jax.lax.dot_general(x, y, over, precision, preferred_element_type=jnp.float32)
 
 
 def _zeros_and_ones(flags: jax.Array) -> jax.Array:
