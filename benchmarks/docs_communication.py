@@ -36,7 +36,11 @@ def sections(results: pathlib.Path) -> dict[str, str]:
 
 def outer_loop_sections(results: pathlib.Path) -> dict[str, str]:
     """The same for ``docs/guides/outer-loops.md``."""
-    return {"diloco": _outer_loops(_results.load(results / "outer_loop_bytes.json"))}
+    task = _results.latest(_results.load(results / "outer_loop_task.json"), "name")
+    return {
+        "diloco": _outer_loops(_results.load(results / "outer_loop_bytes.json")),
+        "outer_task": _outer_task(list(task.values())),
+    }
 
 
 def fill(text: str, parts: Mapping[str, str]) -> str:
@@ -163,6 +167,24 @@ def _outer_loops(rows: _Rows) -> str:
         f"a round of {row['sync_every']} steps.\n"
     )
     return f"{title}\n{table(head, cells)}\n{measured(row)}"
+
+
+def _outer_task(rows: _Rows) -> str:
+    if not rows:
+        return "No measurements yet.\n"
+    head = ["method", "inner rate", "validation loss", "over AdamW", "sent per step", "times fewer"]
+    cells = [
+        [
+            f"{row['name']} (`{' '.join([row['optimizer'], *row['words'][1::2]])}`)",
+            f"{row['learning_rate']:g}",
+            "diverged" if row["mean"] is None else f"{row['mean']:.3f} ± {row['spread']:.3f}",
+            "" if row["over_dense"] is None else f"{100 * (row['over_dense'] - 1):+.1f} %",
+            _size(row["wire_bytes"]),
+            f"{row['times_fewer']:.0f}",
+        ]
+        for row in rows
+    ]
+    return table(head, cells) + "\n" + measured(rows[-1])
 
 
 def _of_every_step(always: list[list[Any]]) -> str:

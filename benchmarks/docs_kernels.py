@@ -8,19 +8,42 @@ from benchmarks import _results
 from benchmarks.markdown import measured, table
 
 _HEAD = ("case", "chip", "GFLOP", "MB moved", "temporary MB")
+_TIMES = ("kernel", "entries", "chip", "XLA, μs", "kernel, μs", "of bandwidth", "difference")
 
 
 def sections(results: pathlib.Path) -> dict[str, str]:
     """Markdown of every measured part of the guide, by the name of its place."""
-    rows = _results.load(results / "kernels.json")
+    return {
+        "kernels": _programs(_results.load(results / "kernels.json")),
+        "kernel_times": _times(_results.load(results / "kernels_times.json")),
+    }
+
+
+def _programs(rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return {"kernels": "No measurements yet.\n"}
+        return "No measurements yet.\n"
     newest = {(row["kernel"], row["case"], row["topology"]): row for row in rows}
     parts = []
     for kernel in dict.fromkeys(row["kernel"] for row in newest.values()):
         own = [row for row in newest.values() if row["kernel"] == kernel]
         parts += [f"**`{kernel}`**\n", table(_HEAD, map(_cells, own)), measured(own[-1])]
-    return {"kernels": "\n".join(parts)}
+    return "\n".join(parts)
+
+
+def _times(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "No times yet: `python -m benchmarks.kernels time` on a TPU or a GPU makes them.\n"
+    newest = {(row["kernel"], row["entries"], row["chip"]): row for row in rows}
+    return table(_TIMES, map(_time_cells, newest.values())) + "\n" + measured(rows[-1])
+
+
+def _time_cells(row: Mapping[str, Any]) -> list[str]:
+    xla, pallas = row["xla"], row["pallas"]
+    cells = [row["kernel"], str(row["entries"]), row["chip"], f"{xla['us']:.1f}"]
+    if pallas is None:
+        return [*cells, "none", f"{xla['of_bandwidth']:.0%}", ""]
+    both = f"{xla['of_bandwidth']:.0%} → {pallas['of_bandwidth']:.0%}"
+    return [*cells, f"{pallas['us']:.1f}", both, f"{row['difference']:.1e}"]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What every test runs under: the CPU, eight devices, no silent rank promotion, fixed examples."""
 
 import atexit
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -10,15 +11,20 @@ import hypothesis
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
+# Thousands of small programs are compiled and run once. Without LLVM's optimiser the suite takes a
+# third less time, and without MLIR's emitter of fusions they are compiled in half of the rest.
+# XLA's own passes, and so the programs' operations, are as ever. An unknown flag ends the process.
+XLA_FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+
 # These must stand before JAX is imported, and reach the processes that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8"
-    # Thousands of small programs are compiled and run once: without LLVM's optimiser the suite
-    # takes a third less time. XLA's own passes, and so the programs' operations, are as ever.
-    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads fight those of the workers
 os.environ["PYTHONPATH"] = str(ROOT)  # child processes import the checkout, as the tests do
 

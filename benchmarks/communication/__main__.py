@@ -6,6 +6,7 @@ follow.
 ``diloco``: bytes of outer loops in such programs, averaged over a round, and memory.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
+``outer_task``: the same of outer loops, and of workers that come and go.
 ``utilisation``: the bandwidth that a share of computing needs, beside published figures.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks import _results
 from benchmarks.communication import (
     outer_loops,
+    outer_task,
     overhead,
     recipes,
     task,
@@ -25,6 +27,8 @@ from benchmarks.communication import (
     wire_bytes,
 )
 from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.experiments.assembly import provide_cpu_devices
+from jaxopt_suite.experiments.config import TrainConfig
 from jaxopt_suite.parallel.topologies import SETTINGS
 
 Row = dict[str, Any]
@@ -35,6 +39,7 @@ PARTS: dict[str, tuple[str, Callable[..., Iterator[Row]], Callable[[list[Row]], 
     "diloco": ("outer_loop_bytes.json", outer_loops.measure, outer_loops.kept),
     "overhead": ("compression_overhead.json", overhead.measure, overhead.kept),
     "task": ("communication_task.json", task.measure, task.kept),
+    "outer_task": ("outer_loop_task.json", outer_task.measure, outer_task.kept),
     "utilisation": ("utilisation.json", utilisation.measure, utilisation.kept),
 }
 
@@ -49,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{options.part} takes no names, got {' '.join(options.names)}")
     name, measure, kept = PARTS[options.part]
     given = {"names": options.names} if options.names else {}
+    if options.part == "outer_task":
+        provide_cpu_devices(TrainConfig(mesh=task.MESH))  # before the stamp, which starts JAX
     words = [options.part, *(f"'{each}'" for each in options.names)]
     stamp = _results.stamp(f"python -m benchmarks.communication {' '.join(words)}")
     rows = []

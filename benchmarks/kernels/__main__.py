@@ -1,6 +1,9 @@
 """``python -m benchmarks.kernels [KERNEL ...]``: compiles for TPUs and appends the figures.
 
 Needs the extra ``tpu-aot``, and no TPU: nothing is run, so there are no times among them.
+
+``python -m benchmarks.kernels time [KERNEL ...]``: times them, on the TPU or the GPU of this
+machine, and appends rows to ``kernels_times.json``.
 """
 
 import argparse
@@ -9,23 +12,28 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import _results
-from benchmarks.kernels import figures
+from benchmarks.kernels import figures, times
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.parallel.topologies import SETTINGS, is_installed
 
 RESULTS = _results.RESULTS / "kernels.json"
+TIMES = _results.RESULTS / "kernels_times.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
-    parser.add_argument("names", nargs="*", help="kernels, or train_step; all by default")
+    parser.add_argument(
+        "names", nargs="*", help="kernels, or train_step; all by default; after time: to be timed"
+    )
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks.kernels", *options.names])
     stamp = _results.stamp(command, packages=("jax",) + ("libtpu",) * is_installed("libtpu"))
+    timed = options.names[:1] == ["time"]
     try:
-        for row in figures.measure(options.names):
-            _results.append(RESULTS, row | stamp)
+        rows = times.measure(options.names[1:]) if timed else figures.measure(options.names)
+        for row in rows:
+            _results.append(TIMES if timed else RESULTS, row | stamp)
     except (UserError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -33,5 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.update({**SETTINGS, **os.environ})
+    if sys.argv[1:2] != ["time"]:  # they are of a machine without TPUs
+        os.environ.update({**SETTINGS, **os.environ})
     sys.exit(main())

@@ -31,6 +31,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
+    by_platform,
     interpreter,
     resolve,
     struct_like,
@@ -87,7 +88,10 @@ def dct_top_k(
             f"and are 8 at least, and no more coefficients than columns, got sides={sides}, k={k}"
         )
     plan = _Plan.of(x.shape, sides, k, values)
-    found, indices, decoded = _call(x.reshape(plan.shape), plan, chosen)
+    kernel, matrices = functools.partial(_call, plan=plan, impl=chosen), x.reshape(plan.shape)
+    interpreted = chosen == "interpret"
+    made = kernel(matrices) if interpreted else by_platform("dct_top_k", matrices, tpu=kernel)
+    found, indices, decoded = made
     return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded.reshape(x.shape))
 
 

@@ -14,6 +14,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
+    by_platform,
     interpreter,
     resolve,
     struct_like,
@@ -68,6 +69,7 @@ def gram_update(
 
     Raises:
       ValueError, TypeError: for shapes that do not fit, or dtypes that the kernel does not take.
+      NotImplementedError: see ``kernels.resolve``.
     """
     _check(statistics, blocks, mode)
     chosen = resolve("gram_update", impl)
@@ -76,8 +78,11 @@ def gram_update(
     _check_dtypes(statistics, blocks)
     scalars = jnp.stack([jnp.asarray(x, jnp.float32) for x in (decay, weight)])
     matrices, contracted = _unfolded(blocks, mode)
-    statistics, matrices, scalars = alike_varying(statistics, matrices, scalars)
-    return _call(statistics, matrices, scalars, contracted, chosen)
+    operands = alike_varying(statistics, matrices, scalars)
+    kernel = functools.partial(_call, contracted=contracted, impl=chosen)
+    if chosen == "interpret":
+        return kernel(*operands)
+    return by_platform("gram_update", *operands, tpu=kernel)
 
 
 def gram_update_definition(

@@ -1,10 +1,13 @@
 """Which implementation of a kernel runs, and what every Pallas call of ours has in common."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.extend.core
 from jax.experimental.pallas import tpu as pltpu
+from jax.interpreters import batching, mlir
 
 from jaxopt_suite import core
 
@@ -28,15 +31,60 @@ def resolve(kernel: str, impl: Impl) -> Literal["xla", "pallas", "interpret"]:
 
     Args:
       kernel: the name of its public function.
-      impl: ``"xla"``: the definition, left to the compiler. ``"pallas"``: the kernel, on the
-        hardware it is written for. ``"interpret"``: the kernel, interpreted on a CPU: for tests.
-        ``"auto"``: the faster one of the first two by the table of this file.
+      impl: ``"xla"``: the definition, left to the compiler. ``"pallas"``: the kernel for the
+        platform that the program is compiled for; an error where there is none.
+        ``"interpret"``: the kernel for TPUs, interpreted on a CPU: for tests. ``"auto"``: the
+        faster one of the first two by the table of this file.
 
     Raises:
       ValueError: if ``impl`` is none of these.
     """
     core.check_choice("impl", impl, IMPLS)
     return AUTO[kernel] if impl == "auto" else impl
+
+
+def by_platform(
+    what: str,
+    *operands: jax.Array,
+    tpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+) -> Any:
+    """What the kernel gives that is written for the platform.
+
+    Which one it is, is known when a program is compiled and not when it is traced: every kernel is
+    traced, and the others are then dropped.
+
+    Args:
+      what: the kernel, and the arguments on which it depends whether there is one.
+      *operands: what the kernels take.
+      tpu: the kernel for TPUs.
+      cuda: the kernel for NVIDIA GPUs, with results of the same types.
+
+    Raises:
+      NotImplementedError: when compiled for a platform without a kernel.
+    """
+
+    def elsewhere(first: jax.Array, *others: jax.Array) -> Any:
+        return tpu(_refused.bind(first, what=what), *others)
+
+    kernels = {"tpu": tpu} if cuda is None else {"tpu": tpu, "cuda": cuda}
+    return jax.lax.platform_dependent(*operands, default=elsewhere, **kernels)
+
+
+def _refuse(context: mlir.LoweringRuleContext, x: Any, *, what: str) -> Any:
+    platforms = context.module_context.platforms
+    raise NotImplementedError(
+        f"there is no Pallas kernel of {what} for the platform {', '.join(platforms)!r}; "
+        "impl='xla' runs on all of them"
+    )
+
+
+# The identity, of which no platform has a program.
+_refused = jax.extend.core.Primitive("no_kernel")
+_refused.def_abstract_eval(lambda x, *, what: x)
+_refused.def_impl(lambda x, *, what: jax.jit(functools.partial(_refused.bind, what=what))(x))
+batching.defvectorized(_refused)
+mlir.register_lowering(_refused, _refuse)
 
 
 def interpreter(impl: str) -> Any:

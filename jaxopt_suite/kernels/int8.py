@@ -5,9 +5,9 @@ block of zeros and NaN for one that is not finite; an entry's code is round(127 
 decoded as code · (a / 127). This is ``compressors.int8(B)``, whose payloads these are, bit for bit.
 
 On a TPU a tensor lies in tiles of 8 by 128 of its last two dimensions. Cut into rows of B entries
-it lies otherwise, and XLA copies it there and back for every one of several passes. The kernels
-take the tensor as it lies, if B divides its last dimension and it has 32 such rows or more, and
-find the blocks in these.
+it lies otherwise, and XLA copies it there and back for every one of several passes. The kernels of
+this file take the tensor as it lies, if B divides its last dimension and it has 32 such rows or
+more, and find the blocks in these. Those for GPUs are in ``int8_gpu``.
 """
 
 import functools
@@ -23,6 +23,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
+    by_platform,
     interpreter,
     resolve,
     struct_like,
@@ -47,31 +48,35 @@ class Encoded(NamedTuple):
 def int8_encode(x: jax.Array, *, block: int = 256, impl: Impl = "auto") -> Encoded:
     """Codes and scales of a tensor, and what they will be taken for, in one pass.
 
-    The kernel, for TPUs, reads x once and writes 5 bytes an entry. The error left by the message is
-    ``x - decoded``, which error feedback adds to the next. Time on hardware: unmeasured. What the
-    compiler says of it: ``docs/guides/kernels.md``.
+    The kernels, for TPUs and for NVIDIA GPUs from Hopper on, read x once and write 5 bytes an
+    entry. The error left by the message is ``x - decoded``, which error feedback adds to the next.
+    Time on hardware: unmeasured. What the compilers say of them: ``docs/guides/kernels.md``.
 
     Args:
       x: float32, any shape.
-      block: B, a multiple of 128 for the kernel.
+      block: B; for the kernels a multiple of 128, on GPUs 128 or 256.
       impl: see ``kernels.resolve``.
 
     Raises:
-      ValueError, TypeError: for a block or a dtype that the kernel does not take.
+      ValueError, TypeError: for a block or a dtype that no kernel takes.
+      NotImplementedError: see ``kernels.resolve``.
     """
     chosen = _resolve("int8_encode", block, impl)
     if x.dtype != jnp.float32:
         raise TypeError(f"x must be float32, got {x.dtype}")
     if chosen == "xla" or x.size == 0:
         return int8_encode_definition(x, block)
-    view = _View.of(x.shape, block)
-    codes, scales, decoded = _encode(view.of_entries(x), view, chosen)
-    count = -(-x.size // block)
-    return Encoded(
-        codes.reshape(-1)[: x.size],
-        scales.reshape(-1)[:count],
-        decoded.reshape(-1)[: x.size].reshape(x.shape) if view.flat else decoded.reshape(x.shape),
-    )
+    on_tpu = functools.partial(_encode, block=block, impl=chosen)
+    if chosen == "interpret":
+        return on_tpu(x)
+
+    from jaxopt_suite.kernels import int8_gpu  # slow to import
+
+    def on_gpu(x: jax.Array) -> Encoded:
+        return Encoded(*int8_gpu.encode(x, block=block))
+
+    what = f"int8_encode with block={block}"
+    return by_platform(what, x, tpu=on_tpu, cuda=on_gpu if block in int8_gpu.BLOCKS else None)
 
 
 def int8_encode_definition(x: jax.Array, block: int) -> Encoded:
@@ -96,8 +101,9 @@ def int8_mean(
 ) -> jax.Array:
     """The mean of many workers' decoded messages, added up in their order, in one pass.
 
-    The kernel, for TPUs, reads every code once and writes 4 bytes an entry, where a loop over the
-    workers reads and writes the sum for each of them. Time on hardware: unmeasured.
+    The kernels, for TPUs and for NVIDIA GPUs from Hopper on, read every code once and write 4 bytes
+    an entry, where a loop over the workers reads and writes the sum for each of them. Time on
+    hardware: unmeasured.
 
     Args:
       codes: int8 ``[workers, n]``.
@@ -105,25 +111,30 @@ def int8_mean(
       shape: of the messages, n entries.
       own: a message float32 of that shape, and whose it is, int32 ``[]``: it is taken as it is in
         the place of that worker's codes.
-      block: B, a multiple of 128 for the kernel.
+      block: B; for the kernels a multiple of 128, on GPUs 128 or 256.
       impl: see ``kernels.resolve``.
 
     Returns:
       float32 of the given shape.
 
     Raises:
-      ValueError: for a block that the kernel does not take.
+      ValueError: for a block that no kernel takes.
+      NotImplementedError: see ``kernels.resolve``.
     """
     chosen = _resolve("int8_mean", block, impl)
     if chosen == "xla" or codes.size == 0:
         return int8_mean_definition(codes, scales, shape, own, block)
-    view = _View.of(shape, block)
     entries, worker = own or (None, jnp.int32(-1))
-    operands = [jnp.reshape(worker, 1), view.of_rows(codes, 1), view.of_rows(scales, block)]
-    operands += [] if entries is None else [view.of_entries(entries)]
-    mean = _mean(operands, view, chosen)
-    size = math.prod(shape)
-    return (mean.reshape(-1)[:size] if view.flat else mean).reshape(shape)
+    operands = [worker, codes, scales, *([] if entries is None else [entries])]
+    on_tpu = functools.partial(_mean, shape=shape, block=block, impl=chosen)
+    if chosen == "interpret":
+        return on_tpu(*operands)
+    from jaxopt_suite.kernels import int8_gpu  # slow to import
+
+    on_gpu = functools.partial(int8_gpu.mean, shape=shape, block=block)
+    what = f"int8_mean with block={block}"
+    cuda = on_gpu if block in int8_gpu.BLOCKS else None
+    return by_platform(what, *operands, tpu=on_tpu, cuda=cuda)
 
 
 def int8_mean_definition(
@@ -196,7 +207,19 @@ class _View(NamedTuple):
         return jnp.pad(x, ((0, 0), (0, missing))).reshape(len(x), self.rows, columns)
 
 
-def _encode(x: jax.Array, view: _View, impl: str) -> Any:
+def _encode(x: jax.Array, *, block: int, impl: str) -> Encoded:
+    """The kernel for TPUs."""
+    view = _View.of(x.shape, block)
+    codes, scales, decoded = _encode_view(view.of_entries(x), view, impl)
+    count = -(-x.size // block)
+    return Encoded(
+        codes.reshape(-1)[: x.size],
+        scales.reshape(-1)[:count],
+        decoded.reshape(-1)[: x.size].reshape(x.shape) if view.flat else decoded.reshape(x.shape),
+    )
+
+
+def _encode_view(x: jax.Array, view: _View, impl: str) -> Any:
     rows, columns = view.tile
     entries = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     scales = pl.BlockSpec((rows, view.scales[1]), lambda i, j: (i, 0))
@@ -248,7 +271,23 @@ def _encode_kernel(
         scales_ref[...] = jnp.where(place == first + group, scale, scales_ref[...])
 
 
-def _mean(operands: list[jax.Array], view: _View, impl: str) -> jax.Array:
+def _mean(
+    worker: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    *own: jax.Array,
+    shape: tuple[int, ...],
+    block: int,
+    impl: str,
+) -> jax.Array:
+    """The kernel for TPUs."""
+    view = _View.of(shape, block)
+    operands = [jnp.reshape(worker, 1), view.of_rows(codes, 1), view.of_rows(scales, block)]
+    mean = _mean_view([*operands, *map(view.of_entries, own)], view, impl)
+    return (mean.reshape(-1)[: math.prod(shape)] if view.flat else mean).reshape(shape)
+
+
+def _mean_view(operands: list[jax.Array], view: _View, impl: str) -> jax.Array:
     rows, columns = view.tile
     operands = list(alike_varying(*operands))
     workers, has_own = len(operands[1]), len(operands) == 4

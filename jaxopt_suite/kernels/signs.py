@@ -12,6 +12,7 @@ nothing moves between the lanes of a register.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
+    by_platform,
     interpreter,
     resolve,
     struct_like,
@@ -69,7 +71,8 @@ def sign_encode(
     if chosen == "xla" or x.size == 0:
         return sign_encode_definition(x, block, scale)
     view = _View.of(x.shape, block)
-    codes, scales, decoded = _encode(x.reshape(view.slabs), view, scale, chosen)
+    kernel = functools.partial(_encode, view=view, scale=scale, impl=chosen)
+    codes, scales, decoded = _run("sign_encode", kernel, chosen, x.reshape(view.slabs))
     bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     return Signs(bits.reshape(-1), scales.reshape(-1), decoded.reshape(x.shape))
 
@@ -135,7 +138,12 @@ def sign_mean(
     codes = jax.lax.bitcast_convert_type(bits, jnp.int8).reshape(workers, *view.slabs[1:])
     operands = [jnp.reshape(worker, 1), codes, scales.reshape(workers, *view.scales)]
     operands += [] if message is None else [message.reshape(view.slabs)]
-    return _mean(operands, view, chosen).reshape(shape)
+    kernel = functools.partial(_mean, view=view, impl=chosen)
+    return _run("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
+
+
+def _run(name: str, kernel: Callable[..., Any], impl: str, *operands: jax.Array) -> Any:
+    return kernel(*operands) if impl == "interpret" else by_platform(name, *operands, tpu=kernel)
 
 
 def sign_mean_definition(
@@ -263,9 +271,8 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=1, keepdims=True) / x.shape[1])
 
 
-def _mean(operands: list[jax.Array], view: _View, impl: str) -> jax.Array:
+def _mean(*operands: jax.Array, view: _View, impl: str) -> jax.Array:
     rows, columns = view.tile
-    operands = list(alike_varying(*operands))
     workers, has_own = len(operands[1]), len(operands) == 4
     size = math.prod(view.slabs)
     entries = pl.BlockSpec((_SLABS, rows, columns), lambda i, j, worker: (0, i, j))

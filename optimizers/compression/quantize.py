@@ -45,9 +45,9 @@ def int8(
       block: entries that share a scale, B; ``None`` for one scale a tensor. A tensor's last block
         may be shorter.
       stochastic: round up or down at random, without bias, in place of to the nearest.
-      impl: ``"auto"``, ``"xla"``, or by the kernels ``int8_encode`` and ``int8_mean`` for TPUs
-        ``"pallas"``, ``"interpret"`` on a CPU. These round to the nearest, in blocks of a multiple
-        of 128.
+      impl: ``"auto"``, ``"xla"``, or by the kernels ``int8_encode`` and ``int8_mean`` for TPUs and
+        GPUs ``"pallas"``, ``"interpret"`` on a CPU. These round to the nearest, in blocks of a
+        multiple of 128, on GPUs of 128 or 256.
 
     Returns:
       n + 4 ceil(n/B) bytes. Nearest: 1 − δ = min(1 − 1/B, B/64516). Stochastic: ω = B/64516.

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from jaxopt_suite.core.collectives import gather_equal
 from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Shape, Stacks, tiles, untiled
-from jaxopt_suite.optimizers.shampoo.routes import Grid, Lane, Tables
+from jaxopt_suite.optimizers.shampoo.routes import Grid, Lane
+from jaxopt_suite.optimizers.shampoo.tables import Tables
 
 
 class Route(NamedTuple):
@@ -30,7 +31,8 @@ class Route(NamedTuple):
                 take=dict.fromkeys(lane.tables.take, whole),
                 offsets=dict.fromkeys(lane.tables.offsets, whole),
                 back=whole,
-                land=PartitionSpec(lane.axes or None),
+                merge=whole,
+                land=None if lane.tables.land is None else PartitionSpec(lane.axes or None),
             )
             for lane in self.lanes
         ]
@@ -72,10 +74,13 @@ class Route(NamedTuple):
                 ]
             )
             cells = _exchanged(_picked(pieces, table.back), lane.axes)
-            if lane.others:
-                cells = gather_equal(cells, lane.others, tiled=True)
             # Blocks that meet within an atom have zeros where the other one is.
-            atoms = jnp.sum(_picked(cells, table.land), axis=1)
+            atoms = jnp.sum(_picked(cells, table.merge), axis=1)
+            if table.land is not None:
+                atoms = gather_equal(atoms, lane.others, tiled=True)
+                atoms = jnp.sum(_picked(atoms, table.land), axis=1)
+            elif lane.others:
+                atoms = jax.lax.psum(atoms, lane.others)
             for i in lane.leaves:
                 own, atoms = jnp.split(atoms, [math.prod(self.grids[i].count)])
                 result[i] = self._leaf(own, i).reshape(leaves[i].shape)

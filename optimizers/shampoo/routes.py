@@ -4,35 +4,23 @@ A stack's rows lie on the devices of a mesh in equal runs; a leaf lies as its Pa
 What travels are *atoms*: a device's part of a leaf is cut into pieces of one shape, no larger than
 a block, and a block is put together from the atoms that it overlaps. Leaves whose atoms have one
 shape, dtype and mesh axes travel together, in a *lane*: one all-to-all over these axes. Along the
-other axes, which hold copies of the leaf, every device has what the owners at its own place need.
+other axes, which hold copies of the leaf, every device has what the owners at its own place need;
+on the way back what these have of an atom is added up there, and then among the copies.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxopt_suite.optimizers.shampoo.blocks import Blocks, Region, Shape, name_of
+from jaxopt_suite.optimizers.shampoo.tables import Needs, Places, Tables, make_tables
 
-T = TypeVar("T")
 _SMALLEST = 4  # an atom at least a fourth as long as it might be, or the leaf is gathered there
-
-
-class Tables(NamedTuple, Generic[T]):
-    """What a device needs to know of its lane; a value beyond the end means nothing: zeros.
-
-    Arrays of NumPy for all devices; of JAX for one of them; or the specs of the former.
-    """
-
-    send: T  # int32 [devices, parts, cells]: which of its atoms it sends to whom
-    take: dict[str, T]  # int32 [devices, rows, pieces]: the cells that make up a block
-    offsets: dict[str, T]  # int32 [devices, rows, k]: where in its pieces a block begins
-    back: T  # int32 [devices, parts, cells]: which pieces it sends back to whom
-    land: T  # int32 [parts, atoms, pieces]: the cells that an atom is the sum of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +61,6 @@ class Lane:
     atom: Shape
     pieces: dict[str, Shape]
     tables: Tables[np.ndarray]
-
-
-class _Needs(NamedTuple):
-    """A piece of a block each: int arrays of one length, and whose stack they are of."""
-
-    name: str
-    row: np.ndarray
-    piece: np.ndarray  # of the block
-    part: np.ndarray  # of the leaf, over the lane's axes
-    atom: np.ndarray  # of that part, among all atoms of the lane
-    offset: np.ndarray  # [needs, k]: where in its pieces the block begins
 
 
 def make_lanes(
@@ -165,7 +142,7 @@ def _lane(
         starts[i], atoms = atoms, atoms + math.prod(grid.count)
     needs = [_needs(r, grids[r.leaf], pieces[name_of(r.block)], starts[r.leaf]) for r in regions]
     others = tuple(axis for axis in mesh if axis not in axes)
-    tables = _tables(blocks, needs, pieces, atoms, _Places.of(mesh, axes, others))
+    tables = make_tables(blocks, needs, pieces, atoms, Places.of(mesh, axes, others))
     return Lane(tuple(grids), axes, others, atom, pieces, tables)
 
 
@@ -185,7 +162,7 @@ def _block_starts(region: Region) -> list[np.ndarray]:
     ]
 
 
-def _needs(region: Region, grid: Grid, pieces: Shape, first_atom: int) -> _Needs:
+def _needs(region: Region, grid: Grid, pieces: Shape, first_atom: int) -> Needs:
     """All pieces of a region's blocks: products, dimension by dimension, of what each one says."""
     piece = part = atom = np.zeros((1, 1), np.int64)
     real = np.ones((1, 1), bool)
@@ -205,98 +182,13 @@ def _needs(region: Region, grid: Grid, pieces: Shape, first_atom: int) -> _Needs
     offset = np.stack(np.meshgrid(*offsets, indexing="ij"), axis=-1).reshape(region.rows, 1, -1)
     offset = np.broadcast_to(offset, (*piece.shape, offset.shape[2]))
     kept = (x[real] for x in (row, piece, part, first_atom + atom, offset))
-    return _Needs(name_of(region.block), *kept)
+    return Needs(name_of(region.block), *kept)
 
 
 def _crossed(join: Callable[..., np.ndarray], old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """``join`` of all pairs of blocks and, for each, of all pairs of pieces."""
     both = join(old[:, None, :, None], new[None, :, None, :])
     return both.reshape(old.shape[0] * new.shape[0], old.shape[1] * new.shape[1])
-
-
-class _Places(NamedTuple):
-    """The devices of a mesh, numbered in its order, as a lane sees them."""
-
-    part: np.ndarray  # int [devices]: which part of a leaf it has
-    copy: np.ndarray  # int [devices]: which copy of it
-    device: np.ndarray  # int [parts, copies]: the inverse
-
-    @classmethod
-    def of(
-        cls, mesh: Mapping[str, int], axes: tuple[str, ...], others: tuple[str, ...]
-    ) -> "_Places":
-        sizes = tuple(mesh.values())
-        where = dict(zip(mesh, np.indices(sizes).reshape(len(sizes), -1), strict=True))
-
-        def number(names: tuple[str, ...]) -> np.ndarray:
-            result = np.zeros(math.prod(sizes), np.int64)
-            for name in names:
-                result = result * mesh[name] + where[name]
-            return result
-
-        part, copy = number(axes), number(others)
-        device = np.empty((part.max() + 1, copy.max() + 1), np.int64)
-        device[part, copy] = np.arange(len(part))
-        return cls(part, copy, device)
-
-
-def _tables(
-    blocks: Blocks, needs: list[_Needs], pieces: dict[str, Shape], atoms: int, places: _Places
-) -> Tables[np.ndarray]:
-    devices, (parts, copies) = len(places.part), places.device.shape
-    rows = {name: blocks.rows[name] // devices for name in pieces}
-    # Pieces of all stacks are numbered through, as they lie on their owner.
-    starts, total = {}, 0
-    for name, spread in pieces.items():
-        starts[name], total = total, total + rows[name] * math.prod(spread)
-    owner = np.concatenate([n.row // rows[n.name] for n in needs])
-    numbers = [
-        starts[n.name] + n.row % rows[n.name] * math.prod(pieces[n.name]) + n.piece for n in needs
-    ]
-    number, part, atom = map(
-        np.concatenate, (numbers, [n.part for n in needs], [n.atom for n in needs])
-    )
-    cell = _ranks(owner * parts + part)
-    cells = int(cell.max()) + 1
-    sender = places.device[part, places.copy[owner]]
-    send = np.full((devices, parts, cells), atoms, np.int32)
-    send[sender, places.part[owner], cell] = atom
-    taken = np.full((devices, total), parts * cells, np.int32)
-    taken[owner, number] = part * cells + cell
-    back = np.full((devices, parts, cells), total, np.int32)
-    back[owner, part, cell] = number
-    time = _ranks(part * atoms + atom)
-    land = np.full((parts, atoms, int(time.max()) + 1), copies * parts * cells, np.int32)
-    land[part, atom, time] = (places.copy[owner] * parts + places.part[owner]) * cells + cell
-    take = {
-        name: taken[:, start : start + rows[name] * math.prod(pieces[name])].reshape(
-            devices, rows[name], -1
-        )
-        for name, start in starts.items()
-    }
-    return Tables(send, take, _offsets(needs, rows, devices), back, land)
-
-
-def _offsets(needs: list[_Needs], rows: dict[str, int], devices: int) -> dict[str, np.ndarray]:
-    """Where blocks begin in their pieces; nothing for a stack all of whose begin at zero."""
-    result = {}
-    for name, n in rows.items():
-        own = [x for x in needs if x.name == name]
-        if any(x.offset.any() for x in own):
-            result[name] = np.zeros((devices, n, own[0].offset.shape[1]), np.int32)
-            for x in own:
-                result[name][x.row // n, x.row % n] = x.offset
-    return result
-
-
-def _ranks(keys: np.ndarray) -> np.ndarray:
-    """How many equal keys come before each."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    first = np.searchsorted(ordered, ordered)
-    ranks = np.empty_like(keys)
-    ranks[order] = np.arange(len(keys)) - first
-    return ranks
 
 
 def _first_dimensions(shape: Shape, merged: Shape) -> list[int | None]:

@@ -8,7 +8,14 @@ import pytest
 
 from benchmarks.claims import error_feedback
 from benchmarks.communication import __main__ as command
-from benchmarks.communication import outer_loops, overhead, recipes, task, wire_bytes
+from benchmarks.communication import (
+    outer_loops,
+    outer_task,
+    overhead,
+    recipes,
+    task,
+    wire_bytes,
+)
 from jaxopt_suite import parallel
 from jaxopt_suite.experiments import model
 from jaxopt_suite.optimizers import registry
@@ -160,3 +167,24 @@ def test_an_unknown_variant_is_refused_with_the_list(capsys):
     assert "worker=256" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["overhead", "sign()"])
+
+
+def test_two_of_eight_workers_are_away_at_every_step_and_others_later():
+    weights = outer_task.absences(200, seed=1)
+    assert weights.shape == (200, 8)
+    np.testing.assert_array_equal(weights.sum(axis=1), 6)
+    assert len(np.unique(weights, axis=0)) > 4
+    assert (weights != outer_task.absences(200, seed=2)).any()
+
+
+def test_the_disturbed_runs_have_the_seeds_of_the_calm_ones_and_are_judged_against_them(
+    monkeypatch,
+):
+    monkeypatch.setattr(outer_task, "_train", lambda variant, calm, seed: 2.0 + 0.1 * seed)
+    calm = {"name": "DiLoCo", "losses": [2.0, 2.0, 2.0], "mean": 2.0, "wire_bytes": 1.0}
+    found = outer_task.disturbed(outer_task.VARIANTS[1], calm)
+    assert (found["losses"], found["away"]) == ([2.0, 2.1, 2.2], 2)
+    assert found["over_calm"] == pytest.approx(1.05)
+    assert not outer_task.kept([calm, found])
+    assert outer_task.kept([calm, found | {"over_calm": 1.02}])
+    assert not outer_task.kept([calm | {"mean": None}])

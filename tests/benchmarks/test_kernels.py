@@ -1,8 +1,18 @@
 """The benchmark of kernels: what it refuses, and the page made of it."""
 
+import itertools
+import types
+
+import jax
+import pytest
+
 from benchmarks import docs_kernels
 from benchmarks._results import append
 from benchmarks.kernels import __main__ as command
+from benchmarks.kernels import times
+from jaxopt_suite import kernels
+from jaxopt_suite.core.errors import UserError
+from jaxopt_suite.parallel.chips import CHIPS
 
 
 def test_an_unknown_kernel_is_refused_with_the_list_of_those_there_are(capsys):
@@ -14,7 +24,9 @@ def test_an_unknown_kernel_is_refused_with_the_list_of_those_there_are(capsys):
 
 
 def test_the_page_shows_the_newest_row_of_a_case_and_says_where_there_is_none(tmp_path):
-    assert docs_kernels.sections(tmp_path) == {"kernels": "No measurements yet.\n"}
+    empty = docs_kernels.sections(tmp_path)
+    assert empty["kernels"] == "No measurements yet.\n"
+    assert "No times yet: `python -m benchmarks.kernels time`" in empty["kernel_times"]
     made = dict.fromkeys(("date", "our_commit", "hardware", "command"), "x")
     made |= {"load": 0.0, "versions": {}}
     for megabytes in (7, 8):
@@ -24,3 +36,62 @@ def test_the_page_shows_the_newest_row_of_a_case_and_says_where_there_is_none(tm
     text = docs_kernels.sections(tmp_path)["kernels"]
     assert "| c | v5e | 0.00 → 0.00 | 8.0 → 8.0 | 0.0 → 0.0 |" in text
     assert "7.0" not in text
+
+
+def test_times_are_refused_on_a_cpu(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "TIMES", tmp_path / "times.json")
+    assert command.main(["time"]) == 2
+    assert "timed on a TPU or a GPU, and JAX has only 'cpu' here" in capsys.readouterr().err
+    assert command.main(["time", "gram"]) == 2
+    assert "no kernel to time 'gram'; there are: int8_encode" in capsys.readouterr().err
+    assert not command.TIMES.exists()
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "name"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("tpu", "TPU v5 lite", "v5e"),
+        ("tpu", "TPU v5", "v5p"),
+    ],
+)
+def test_a_device_is_known_by_what_jax_calls_it(platform, kind, name):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    assert times._chip(device) is CHIPS[name]
+
+
+def test_a_chip_without_figures_is_refused_with_the_list_of_those_with():
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")
+    with pytest.raises(UserError, match=r"'NVIDIA A100-SXM4-80GB' is none of .*NVIDIA H100"):
+        times._chip(device)
+
+
+def test_a_row_has_the_time_of_a_call_and_what_part_of_the_bandwidth_that_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(times, "_chip", lambda device: CHIPS["h100"])
+    seconds = itertools.count(step=0.5)  # between two looks at the clock half a second
+    clock = lambda: next(seconds)
+    n = 2**14
+    rows = list(times.measure(["int8_encode", "int8_mean"], sizes=[n], clock=clock))
+    encode, mean = rows
+    assert encode["least_bytes"] == 9 * n + 4 * n // 256  # x read; codes, decoded, scales written
+    assert mean["least_bytes"] == 8 * (n + 4 * n // 256) + 4 * n
+    us = 0.5e6 / times.CALLS
+    assert encode["xla"]["us"] == us
+    assert encode["xla"]["of_bandwidth"] == pytest.approx(
+        encode["least_bytes"] / us * 1e6 / 3.35e12
+    )
+    assert encode["pallas"] is encode["difference"] is None  # not on this CPU
+    made = dict.fromkeys(("date", "our_commit", "hardware", "command"), "x")
+    for row in rows:
+        append(tmp_path / "kernels_times.json", row | made | {"load": 0.0, "versions": {}})
+    text = docs_kernels.sections(tmp_path)["kernel_times"]
+    assert "| int8_encode | 16384 | h100 | 25000.0 | none | 0% |  |" in text
+
+
+def test_a_kernel_s_results_are_compared_with_those_of_the_compiler_s_program():
+    case = next(times._cases([2**14]))
+    exact = jax.jit(lambda x: kernels.int8_encode(x, impl="xla"))
+    off = jax.jit(lambda x: exact(x)._replace(decoded=1.25 * exact(x).decoded))
+    assert times._difference(case, {"xla": exact, "pallas": exact}) == 0
+    assert times._difference(case, {"xla": exact, "pallas": off}) == pytest.approx(0.25)

@@ -22,6 +22,8 @@ OWN = {
     "compressed_bytes.json": {"topology", "mesh", "entries"},
     "recipe_collectives.json": {"topology", "mesh", "entries"},
     "outer_loop_bytes.json": {"topology", "mesh", "parameters", "sync_every", "entries"},
+    "outer_loop_task.json": {"name", "optimizer", "words", "learning_rate", "sweep", "losses"}
+    | {"mean", "wire_bytes", "times_fewer", "over_dense", "away", "steps"},
     "compression_overhead.json": {"preset", "batch_size", "seq_len", "limit", "entries"},
     "scaling_speed.json": {"name", "starts", "resamples", "seconds", "seconds_every_start_refined"}
     | {"compile_seconds", "scipy_differences", "scipy_gradient", "times_faster", "objective"}

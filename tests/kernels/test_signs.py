@@ -162,3 +162,9 @@ def test_on_a_cpu_auto_is_the_codec_as_it_was():
 def test_what_the_kernels_do_not_do_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_on_a_cpu_the_kernels_are_refused():
+    x = drawn(8, 128)
+    with pytest.raises(NotImplementedError, match="no Pallas kernel of sign_encode for"):
+        jax.jit(lambda x: kernels.sign_encode(x, block=128, impl="pallas")).lower(x)

@@ -124,12 +124,17 @@ def test_between_gradient_and_update_only_atoms_cross_and_no_state_is_gathered()
     found = [c for c in wire.collectives(compiled, mesh) if "shard_map" in c.op_name]
     # All three matrices travel in one lane, as atoms of 16x16 in float32. 24 blocks are three rows
     # a device, of which up to two are in one part: buffers of two cells for each of four parts, of
-    # which three quarters leave the device, to the owners and back. Then the other copy's cells.
+    # which three quarters leave the device, to the owners and back. The owners at one copy have
+    # the first matrix and half of the second, or the rest: up to four of the six atoms of a part,
+    # which are gathered, as two times four are no more than two times six.
     atom = 4 * 16 * 16
     exchanged = [c for c in found if c.kind == "all-to-all"]
     assert [c.nbytes for c in exchanged] == [3 / 4 * 4 * 2 * atom] * 2
     copied = {c.axes: c.nbytes for c in found if c.kind == "all-gather"}
-    assert copied == {("data",): 4 * 2 * atom, ("data", "fsdp"): 7 * 4 * 16}
+    assert copied == {("data",): 4 * atom}
+    # The vector is one block on one of eight devices: seven empty slots are more than it twice.
+    (summed,) = [c for c in found if c.kind == "all-reduce" and c.nbytes > 8]
+    assert (summed.axes, summed.nbytes) == (("data", "fsdp"), 2 * 7 / 8 * 4 * 16)
 
 
 def test_a_grid_takes_the_longest_atoms_that_parts_and_blocks_allow():
