@@ -305,10 +305,10 @@ def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array,
     found, indices = [], []
     for first in range(0, sent.shape[1], _LANES):
         tile = slice(first, first + _LANES)
-        columns_bits = bits[:, tile].T
-        pieces = [(columns_bits >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
-        pieces = jnp.concatenate([rank[:, tile].T, *pieces]).astype(jnp.bfloat16)
-        rows = _product(pieces, _zeros_and_ones(picks[:, tile]))
+        words = bits[:, tile].T
+        pieces = [(words >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
+        columns = jnp.concatenate([rank[:, tile].T, *pieces]).astype(jnp.bfloat16)
+        rows = _product(columns, _zeros_and_ones(picks[:, tile]))
         rank_there, *bytes_there = rows.reshape(5, _LANES, _LANES)
         there = same & (rank_there == slot[:1, tile])
         word = sum(x.astype(jnp.int32) << 8 * i for i, x in enumerate(bytes_there))

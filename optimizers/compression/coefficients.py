@@ -105,10 +105,10 @@ class Coefficients:
     ) -> tuple[SparsePayload, list[jax.Array]]:
         """The same without the kernel."""
         chunks = jnp.concatenate([to_chunks(x, g) for x, g in zip(messages, grids, strict=True)])
-        rows = dct(chunks).reshape(-1, grids[0].area)
-        kept = self._kept(grids[0].area)
+        area, kept = grids[0].area, self._kept(grids[0].area)
+        rows = dct(chunks).reshape(-1, area)
         payload = pack_largest(rows, kept, self.values)
-        return payload, _to_leaves(scatter(payload, *rows.shape, kept), grids, messages)
+        return payload, _to_leaves(scatter(payload, len(rows), area, kept), grids, messages)
 
     def _kept(self, area: int) -> int:
         return min(self.k, area)

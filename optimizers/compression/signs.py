@@ -94,7 +94,9 @@ def _by_kernels(
     plain: Compressor, scale: Literal["l1", "l2"], block: int, impl: kernels.Impl
 ) -> Compressor:
     """The same, encoded, decoded and averaged in one pass each where the kernels can."""
-    of = lambda shape: impl if kernels.signs_take(shape, block) else "xla"
+
+    def of(shape: Shape) -> kernels.Impl:
+        return impl if kernels.signs_take(shape, block) else "xla"
 
     def encode_decoded(x: jax.Array, key: jax.Array) -> tuple[SignPayload, jax.Array]:
         del key  # nothing is drawn
@@ -107,8 +109,8 @@ def _by_kernels(
         like: jax.ShapeDtypeStruct,
         own: tuple[jax.Array, jax.Array] | None,
     ) -> jax.Array:
-        settings = {"own": own, "block": block, "impl": of(like.shape)}
-        return kernels.sign_mean(*payloads, like.shape, **settings)
+        chosen = of(like.shape)
+        return kernels.sign_mean(*payloads, like.shape, own=own, block=block, impl=chosen)
 
     def decode(payload: SignPayload, like: jax.ShapeDtypeStruct) -> jax.Array:
         """The mean of one message: nothing is rounded again."""
