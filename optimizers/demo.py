@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.core.collectives import any_worker, bound_axis_size
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers._shards import layout_of, run_on_shards
@@ -44,6 +44,7 @@ def scale_by_demo(
     phi: Phi = "sign",
     gradient_weight: optax.ScalarOrSchedule | None = None,
     dense: DenseRule | None = None,
+    impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns workers' gradients into one update, made of what stands out in their momenta.
 
@@ -109,6 +110,9 @@ def scale_by_demo(
       dense: ``(path, leaf) -> bool``, the leaves that are sent whole, as if k were the size of the
         chunk. ``None``: those of fewer than two axes or 1024 elements, and those whose payload is
         not smaller than half of their bytes in float32.
+      impl: what finds the coefficients: ``"auto"``, ``"xla"``, or the kernel ``dct_top_k`` for TPUs
+        by ``"pallas"``, ``"interpret"`` on a CPU. It takes up to 64 coefficients of chunks of 64 by
+        64, and others for which ``kernels.dct_top_k_takes``; other leaves are XLA's.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; updates keep their dtype.
@@ -129,10 +133,10 @@ def scale_by_demo(
     if gradient_weight is not None and not callable(gradient_weight):
         core.check_number("gradient_weight", gradient_weight, low=0.0)
     if dense is None:
-        dense = _default_dense(k, side=side, pad=pad, values=values)
+        dense = _default_dense(k, side=side, pad=pad, values=values, impl=impl)
     else:
-        dct_top_k(k, side=side, pad=pad, values=values)  # checks them
-    coefficients = Coefficients(axis_name, k, side, pad, values, mean)
+        dct_top_k(k, side=side, pad=pad, values=values, impl=impl)  # checks them
+    coefficients = Coefficients(axis_name, k, side, pad, values, mean, impl)
     link = _Link(decay, alpha, phi, gradient_weight, dense, coefficients)
     return optax.GradientTransformationExtraArgs(link.init, link.update)  # type: ignore[arg-type]
 
@@ -264,6 +268,7 @@ def demo(
     phi: Phi = "sign",
     rate_in_momentum: bool = False,
     dense: DenseRule | None = None,
+    impl: kernels.Impl = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """DeMo with decoupled weight decay: ``scale_by_demo``, decay, learning rate.
 
@@ -286,6 +291,7 @@ def demo(
       rate_in_momentum: weigh gradients with the learning rate instead of 1 - ``decay``, as the
         released code does. A rate that falls then makes older gradients count more.
       dense: see ``scale_by_demo``.
+      impl: see ``scale_by_demo``.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; its updates are added to the parameters.
@@ -324,5 +330,6 @@ def demo(
         phi=phi,
         gradient_weight=learning_rate if rate_in_momentum else None,
         dense=dense,
+        impl=impl,
     )
     return _common.with_decay_and_rate(rule, learning_rate, weight_decay=weight_decay, mask=mask)

@@ -27,6 +27,8 @@ def all_cases() -> Iterator[Case]:
     yield from _gram_updates()
     yield from _int8_messages()
     yield from _adam8_updates()
+    yield from _coefficients()
+    yield from _signs()
 
 
 def _gram_updates() -> Iterator[Case]:
@@ -46,22 +48,7 @@ def _int8_messages() -> Iterator[Case]:
     """A matrix with error feedback, and eight workers' messages of it."""
     shape, workers = (2048, 8192), 8
     size = shape[0] * shape[1]
-
-    def encode(x: jax.Array, residual: jax.Array, impl: str) -> Any:
-        codec, message = compressors.int8(impl=impl), x + residual
-        if impl == "xla":
-            payload = codec.encode(message, None)
-            return payload, message - codec.decode(payload, message)
-        payload, decoded = codec.encode_decoded(message, None)
-        return payload, message - decoded
-
-    yield Case(
-        "int8_encode",
-        f"{shape[0]} by {shape[1]} and its residual",
-        encode,
-        (_array(*shape), _array(*shape)),
-        (1,),
-    )
+    yield _with_residual("int8_encode", compressors.int8, shape)
     yield Case(
         "int8_mean",
         f"{workers} messages of {shape[0]} by {shape[1]}; of XLA's loop one round counted",
@@ -91,6 +78,41 @@ def _adam8_updates() -> Iterator[Case]:
             (_array(*shape, dtype=dtype), codes, scales, codes, scales),
             tuple(range(5)),
         )
+
+
+def _coefficients() -> Iterator[Case]:
+    """A matrix with what DeMo or error feedback keeps of it, and 32 coefficients a chunk."""
+    yield _with_residual("dct_top_k", compressors.dct_top_k, (2048, 8192))
+
+
+def _signs() -> Iterator[Case]:
+    """The same of signs in blocks, as of codes of 8 bits."""
+    shape, workers = (2048, 8192), 8
+    size = shape[0] * shape[1]
+    make = functools.partial(compressors.sign, block=256)
+    yield _with_residual("sign_encode", make, shape)
+    yield Case(
+        "sign_mean",
+        f"{workers} messages of {shape[0]} by {shape[1]}; of XLA's loop one round counted",
+        functools.partial(kernels.sign_mean, shape=shape),
+        (_array(workers, size // 8, dtype="uint8"), _array(workers, size // 256)),
+        (),
+    )
+
+
+def _with_residual(kernel: str, make: Callable[..., Any], shape: tuple[int, int]) -> Case:
+    """A matrix and its residual encoded, and the new residual."""
+
+    def encode(x: jax.Array, residual: jax.Array, impl: str) -> Any:
+        codec, message = make(impl=impl), x + residual
+        if codec.encode_decoded is None:
+            payload = codec.encode(message, None)
+            return payload, message - codec.decode(payload, message)
+        payload, decoded = codec.encode_decoded(message, None)
+        return payload, message - decoded
+
+    what = f"{shape[0]} by {shape[1]} and its residual"
+    return Case(kernel, what, encode, (_array(*shape), _array(*shape)), (1,))
 
 
 def _array(*shape: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:

@@ -8,22 +8,31 @@ from jaxopt_suite.kernels.adam8 import (
     adam8_zeros,
     check_adam8,
 )
+from jaxopt_suite.kernels.dct import Largest, dct_top_k, dct_top_k_takes
 from jaxopt_suite.kernels.gram import gram_update
 from jaxopt_suite.kernels.implementations import IMPLS, Impl, resolve
 from jaxopt_suite.kernels.int8 import Encoded, int8_encode, int8_mean
+from jaxopt_suite.kernels.signs import Signs, sign_encode, sign_mean, signs_take
 
 __all__ = [
     "IMPLS",
     "Encoded",
     "Impl",
+    "Largest",
     "Moments8",
+    "Signs",
     "adam8_decode",
     "adam8_numbers",
     "adam8_update",
     "adam8_zeros",
     "check_adam8",
+    "dct_top_k",
+    "dct_top_k_takes",
     "gram_update",
     "int8_encode",
     "int8_mean",
     "resolve",
+    "sign_encode",
+    "sign_mean",
+    "signs_take",
 ]

@@ -18,9 +18,12 @@ IMPLS = ("auto", "xla", "pallas", "interpret")
 # to benchmarks/results, and has beaten the compiler's. None has been run on hardware yet.
 AUTO: Mapping[str, Literal["xla", "pallas"]] = {
     "adam8_update": "xla",
+    "dct_top_k": "xla",
     "gram_update": "xla",
     "int8_encode": "xla",
     "int8_mean": "xla",
+    "sign_encode": "xla",
+    "sign_mean": "xla",
 }
 
 

@@ -1,6 +1,7 @@
 """Means over workers of DCT coefficients, each taken over those that sent it, as in DeMo."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers.compression import pieces
 from jaxopt_suite.optimizers.compression.dct import (
     Grid,
@@ -22,6 +23,7 @@ from jaxopt_suite.optimizers.compression.exchange import Exchanged
 from jaxopt_suite.optimizers.compression.sparse import (
     SparsePayload,
     ValueName,
+    pack_entries,
     pack_largest,
     scatter,
     unpack_largest,
@@ -41,6 +43,7 @@ class Coefficients:
       pad: as in ``dct_top_k``.
       values: dtype of the coefficients.
       mean: over the workers that sent a coefficient, or over all of them.
+      impl: as in ``dct_top_k``.
     """
 
     axis_name: str
@@ -49,6 +52,7 @@ class Coefficients:
     pad: bool
     values: ValueName
     mean: Mean
+    impl: kernels.Impl
 
     def exchange(self, messages: Sequence[jax.Array]) -> Exchanged:
         """Means over workers, and what this worker's messages were taken for.
@@ -63,31 +67,54 @@ class Coefficients:
         for i, grid in enumerate(grids):
             groups.setdefault(grid.sides, []).append(i)
 
-        rows, payloads = [], []
-        for sides, members in groups.items():
-            chunks = jnp.concatenate([to_chunks(messages[i], grids[i]) for i in members])
-            rows.append(dct(chunks).reshape(-1, math.prod(sides)))
-            payloads.append(pack_largest(rows[-1], self._kept(rows[-1]), self.values))
-        (received,) = pieces.to_all([payloads], self.axis_name)
-        means = self._means(received, rows)
-        sent = [
-            scatter(payload, len(r), r.shape[1], self._kept(r))
-            for payload, r in zip(payloads, rows, strict=True)
-        ]
         nothing: list[Any] = [None] * len(messages)
         result = Exchanged(nothing, list(nothing))
-        for members, *both in zip(groups.values(), means, sent, strict=True):
-            for place, coefficients in zip(result, both, strict=True):
-                arrays = _to_leaves(coefficients, members, grids, messages)
-                for i, x in zip(members, arrays, strict=True):
-                    place[i] = x
+        payloads, shapes = [], []
+        for sides, members in groups.items():
+            encode = self._by_kernel if self._has_kernel(sides) else self._plainly
+            payload, sent = encode([messages[i] for i in members], [grids[i] for i in members])
+            payloads.append(payload)
+            shapes.append((sum(grids[i].chunks for i in members), math.prod(sides)))
+            _put(sent, members, result.sent)
+        (received,) = pieces.to_all([payloads], self.axis_name)
+        means = self._means(received, shapes)
+        for members, coefficients in zip(groups.values(), means, strict=True):
+            own = [grids[i] for i in members]
+            mean = _to_leaves(coefficients, own, [messages[i] for i in members])
+            _put(mean, members, result.mean)
         return result
 
-    def _kept(self, rows: jax.Array) -> int:
-        return min(self.k, rows.shape[1])
+    def _has_kernel(self, sides: tuple[int, int]) -> bool:
+        chosen = kernels.resolve("dct_top_k", self.impl)
+        kept = self._kept(math.prod(sides))
+        return chosen != "xla" and kernels.dct_top_k_takes(sides, kept)
+
+    def _by_kernel(
+        self, messages: Sequence[jax.Array], grids: Sequence[Grid]
+    ) -> tuple[SparsePayload, list[jax.Array]]:
+        """The payload of messages cut into chunks of one shape, and what each is taken for."""
+        sides, area = grids[0].sides, grids[0].area
+        search = functools.partial(kernels.dct_top_k, values=self.values, impl=self.impl)
+        found = [search(x, self._kept(area), sides) for x in messages]
+        values, indices, decoded = zip(*found, strict=True)
+        payload = pack_entries(jnp.concatenate(values), jnp.concatenate(indices), area, self.values)
+        return payload, list(decoded)
+
+    def _plainly(
+        self, messages: Sequence[jax.Array], grids: Sequence[Grid]
+    ) -> tuple[SparsePayload, list[jax.Array]]:
+        """The same without the kernel."""
+        chunks = jnp.concatenate([to_chunks(x, g) for x, g in zip(messages, grids, strict=True)])
+        area, kept = grids[0].area, self._kept(grids[0].area)
+        rows = dct(chunks).reshape(-1, area)
+        payload = pack_largest(rows, kept, self.values)
+        return payload, _to_leaves(scatter(payload, len(rows), area, kept), grids, messages)
+
+    def _kept(self, area: int) -> int:
+        return min(self.k, area)
 
     def _means(
-        self, received: Sequence[SparsePayload], rows: Sequence[jax.Array]
+        self, received: Sequence[SparsePayload], shapes: Sequence[tuple[int, int]]
     ) -> list[jax.Array]:
         """Means of coefficients, one worker's message added after the other."""
 
@@ -95,7 +122,7 @@ class Coefficients:
             result = []
             for (total, senders), payload in zip(sums, message, strict=True):
                 count, length = total.shape
-                sent, indices = unpack_largest(payload, count, length, self._kept(total))
+                sent, indices = unpack_largest(payload, count, length, self._kept(length))
                 at = jnp.arange(count, dtype=jnp.int32)[:, None], indices
                 result.append(
                     (
@@ -105,7 +132,7 @@ class Coefficients:
                 )
             return result, None
 
-        zeros = [(jnp.zeros(r.shape, jnp.float32), jnp.zeros(r.shape, jnp.int32)) for r in rows]
+        zeros = [(jnp.zeros(s, jnp.float32), jnp.zeros(s, jnp.int32)) for s in shapes]
         zeros = core.vary(zeros, tuple(pieces.axes_of_tree(received)))
         sums, _ = jax.lax.scan(add, zeros, received)
         if self.mean == "workers":
@@ -114,11 +141,16 @@ class Coefficients:
 
 
 def _to_leaves(
-    rows: jax.Array, members: Sequence[int], grids: Sequence[Grid], like: Sequence[jax.Array]
+    rows: jax.Array, grids: Sequence[Grid], like: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """The leaves whose chunks' coefficients are the rows, one leaf after the other."""
-    chunks, leaves = inverse_dct(rows.reshape(-1, *grids[members[0]].sides)), []
-    for i in members:
-        own, chunks = chunks[: grids[i].chunks], chunks[grids[i].chunks :]
-        leaves.append(from_chunks(own, grids[i], like[i].shape))
+    chunks, leaves = inverse_dct(rows.reshape(-1, *grids[0].sides)), []
+    for grid, x in zip(grids, like, strict=True):
+        own, chunks = chunks[: grid.chunks], chunks[grid.chunks :]
+        leaves.append(from_chunks(own, grid, x.shape))
     return leaves
+
+
+def _put(found: Sequence[jax.Array], members: Sequence[int], places: list[Any]) -> None:
+    for i, x in zip(members, found, strict=True):
+        places[i] = x

@@ -16,14 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
+from jaxopt_suite.kernels.dct import dct_matrix
 from jaxopt_suite.optimizers.compression.compressor import Compressor, Shape
 from jaxopt_suite.optimizers.compression.sparse import (
     SparsePayload,
     ValueName,
     check_values,
+    pack_entries,
     pack_largest,
     scatter,
     sparse_bytes,
@@ -34,7 +35,12 @@ _PRECISION = jax.lax.Precision.HIGHEST  # a TPU's default multiplies float32 as 
 
 
 def dct_top_k(
-    k: int = 32, *, side: int = 64, pad: bool = True, values: ValueName = "float32"
+    k: int = 32,
+    *,
+    side: int = 64,
+    pad: bool = True,
+    values: ValueName = "float32",
+    impl: kernels.Impl = "auto",
 ) -> Compressor:
     """The k largest DCT coefficients of every chunk of side x side entries.
 
@@ -43,6 +49,9 @@ def dct_top_k(
       side: longest side of a chunk. With 64 an index takes 12 bits.
       pad: fill axes up with zeros to a multiple of the side; ``False`` uses divisors, as DeMo does.
       values: dtype of the coefficients. bfloat16 halves them and rounds to 8 bits.
+      impl: ``"auto"``, ``"xla"``, or by the kernel ``dct_top_k`` for TPUs ``"pallas"``,
+        ``"interpret"`` on a CPU. It takes up to 64 coefficients of chunks of 64 by 64, and others
+        for which ``kernels.dct_top_k_takes``; the rest is XLA's.
 
     Returns:
       c k coefficients and c k indices, for c chunks. δ = k / ab (times 1 − 2⁻¹⁶ for bfloat16) for
@@ -53,6 +62,7 @@ def dct_top_k(
     if k > side**2:
         raise ValueError(f"k must be at most side**2 = {side**2}, got {k}")
     check_values(values)
+    chosen = kernels.resolve("dct_top_k", impl)
 
     def plan(shape: Shape) -> tuple[Grid, int]:
         grid = chunk_grid(shape, side, pad=pad)
@@ -77,9 +87,18 @@ def dct_top_k(
         grid, kept = plan(shape)
         return kept / grid.area * value_precision(values)
 
+    def encode_decoded(x: jax.Array, key: jax.Array) -> tuple[SparsePayload, jax.Array]:
+        grid, kept = plan(x.shape)
+        if not kernels.dct_top_k_takes(grid.sides, kept):
+            payload = encode(x, key)
+            return payload, decode(payload, jax.typeof(x))
+        found = kernels.dct_top_k(x, kept, grid.sides, values=values, impl=chosen)
+        return pack_entries(found.values, found.indices, grid.area, values), found.decoded
+
+    by_kernel = chosen != "xla"
     return Compressor(
         name="dct_top_k",
-        encode=encode,
+        encode=(lambda x, key: encode_decoded(x, key)[0]) if by_kernel else encode,
         decode=decode,
         nbytes=nbytes,
         linear=False,
@@ -87,6 +106,7 @@ def dct_top_k(
         block=0,
         contraction=contraction,
         variance=None,
+        encode_decoded=encode_decoded if by_kernel else None,
     )
 
 
@@ -139,14 +159,6 @@ def from_chunks(chunks: jax.Array, grid: Grid, shape: Shape) -> jax.Array:
     x = chunks.reshape(grid.stack, down, across, a, b).transpose(0, 1, 3, 2, 4)
     x = x.reshape(grid.stack, down * a, across * b)
     return x[:, :rows, :columns].reshape(shape)
-
-
-def dct_matrix(length: int) -> np.ndarray:
-    """The orthonormal DCT-II, D[i, j] = √((2 − [i=0])/n) cos(π i (2j + 1) / 2n), float32 [n, n]."""
-    i, j = np.arange(length)[:, None], np.arange(length)[None, :]
-    matrix = np.cos(np.pi * i * (2 * j + 1) / (2 * length)) * np.sqrt(2 / length)
-    matrix[0] /= np.sqrt(2)
-    return matrix.astype(np.float32)
 
 
 def dct(chunks: jax.Array) -> jax.Array:

@@ -1,12 +1,13 @@
 """One or two bits an entry: signs with a scale, and ternary numbers."""
 
+import dataclasses
 import math
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite import core
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers.compression.blocks import (
     block_count,
     block_length,
@@ -33,7 +34,9 @@ class TernaryPayload(NamedTuple):
     scales: jax.Array  # float32 [blocks]
 
 
-def sign(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None) -> Compressor:
+def sign(
+    scale: Literal["l1", "l2"] = "l1", *, block: int | None = None, impl: kernels.Impl = "auto"
+) -> Compressor:
     """One bit an entry: s · sgn(x), with sgn(0) = +1 since a bit has no third value.
 
     A block of zeros has s = 0 and decodes to zeros.
@@ -42,6 +45,9 @@ def sign(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None) -> Comp
       scale: ``"l1"``: s = mean |x|, the least-squares scale for given signs. ``"l2"``: s is the
         root of the mean square, which keeps the norm of x, and is what 1-bit Adam uses.
       block: entries that share a scale; ``None`` for one scale a tensor.
+      impl: ``"auto"``, ``"xla"``, or by the kernels ``sign_encode`` and ``sign_mean`` for TPUs
+        ``"pallas"``, ``"interpret"`` on a CPU. These need blocks of a multiple of 128 up to 1024,
+        and take tensors, and pieces of them, of a multiple of 8 blocks; others are XLA's.
 
     Returns:
       ceil(n/8) + 4 ceil(n/B) bytes. With ρ = ‖x‖₁ / (√B ‖x‖₂) ≥ 1/√B, ``"l1"`` has the error
@@ -63,7 +69,7 @@ def sign(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None) -> Comp
         scales = payload.scales[:, None]
         return from_blocks(jnp.where(rows == 1, scales, -scales), like.shape)
 
-    return Compressor(
+    plain = Compressor(
         name="sign",
         encode=encode,
         decode=decode,
@@ -73,6 +79,49 @@ def sign(scale: Literal["l1", "l2"] = "l1", *, block: int | None = None) -> Comp
         block=block or 8,
         contraction=(lambda shape: 1 / block_length(shape, block)) if scale == "l1" else None,
         variance=None,
+    )
+    chosen = kernels.resolve("sign_encode", impl)
+    if chosen == "xla":
+        return plain
+    if block is None or not kernels.signs_take((8 * block,), block):
+        raise ValueError(
+            f"impl={impl!r} needs a block that is a multiple of 128 up to 1024, got block={block}"
+        )
+    return _by_kernels(plain, scale, block, chosen)
+
+
+def _by_kernels(
+    plain: Compressor, scale: Literal["l1", "l2"], block: int, impl: kernels.Impl
+) -> Compressor:
+    """The same, encoded, decoded and averaged in one pass each where the kernels can."""
+
+    def of(shape: Shape) -> kernels.Impl:
+        return impl if kernels.signs_take(shape, block) else "xla"
+
+    def encode_decoded(x: jax.Array, key: jax.Array) -> tuple[SignPayload, jax.Array]:
+        del key  # nothing is drawn
+        chosen = of(x.shape)
+        bits, scales, decoded = kernels.sign_encode(x, block=block, scale=scale, impl=chosen)
+        return SignPayload(bits, scales), decoded
+
+    def decode_mean(
+        payloads: SignPayload,
+        like: jax.ShapeDtypeStruct,
+        own: tuple[jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        chosen = of(like.shape)
+        return kernels.sign_mean(*payloads, like.shape, own=own, block=block, impl=chosen)
+
+    def decode(payload: SignPayload, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """The mean of one message: nothing is rounded again."""
+        return decode_mean(jax.tree.map(lambda x: x[None], payload), like, None)
+
+    return dataclasses.replace(
+        plain,
+        encode=lambda x, key: encode_decoded(x, key)[0],
+        decode=decode,
+        encode_decoded=encode_decoded,
+        decode_mean=decode_mean,
     )
 
 

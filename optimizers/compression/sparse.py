@@ -187,10 +187,18 @@ def pack_largest(rows: jax.Array, k: int, values: ValueName) -> SparsePayload:
         indices = largest(rows[0], k)[None, :]
     else:
         indices = jax.lax.top_k(jnp.abs(rows), k)[1]
-    kept = jnp.take_along_axis(rows, indices, axis=1).reshape(-1)
+    kept = jnp.take_along_axis(rows, indices, axis=1)
+    return pack_entries(kept, indices, rows.shape[1], values)
+
+
+def pack_entries(
+    kept: jax.Array, indices: jax.Array, length: int, values: ValueName
+) -> SparsePayload:
+    """Entries and where they were in rows of ``length``, both ``[c, k]``, packed."""
+    kept = kept.reshape(-1)
     if values == "bfloat16":
         kept = jax.lax.bitcast_convert_type(kept.astype(jnp.bfloat16), jnp.uint16)
-    return SparsePayload(kept, pack_indices(indices.reshape(-1), rows.shape[1]))
+    return SparsePayload(kept, pack_indices(indices.reshape(-1), length))
 
 
 def unpack_largest(

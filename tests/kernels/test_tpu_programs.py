@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_suite import kernels, parallel
 from jaxopt_suite.optimizers import adamw_8bit
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
+from jaxopt_suite.optimizers.demo import demo
 from jaxopt_suite.optimizers.shampoo import shampoo
 from jaxopt_suite.parallel import topologies
 
@@ -163,3 +164,65 @@ def test_a_train_step_on_sixteen_chips_takes_less_memory_with_adam_in_8_bits():
     size = 4096 * 8192 // 16
     assert plain - held == pytest.approx((6 - 8 / 256) * size, rel=1e-3)
     assert temporary <= 1.1 * plain_temporary
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_coefficients_of_chunks_compile_and_no_copy_of_the_chunks_is_made(topology):
+    shape = (3, 1000, 4352)  # rests of tiles
+    find = lambda x: kernels.dct_top_k(x, 32, (64, 64), values="bfloat16", impl="pallas")
+    program = compiled(find, topology, (shape, jnp.float32))
+    assert "dct_top_k" in program.as_text()
+    # Only what was found, before it lies by chunks, and that padded to 128; no entries.
+    assert program.memory_analysis().temp_size_in_bytes < 3 * 1000 * 4352
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "sides"),
+    [((20, 24), 5, (8, 8)), ((130, 100), 32, (128, 32)), ((16, 300), 1, (16, 128))],
+)
+def test_other_chunks_compile_too(shape, k, sides):
+    find = lambda x: kernels.dct_top_k(x, k, sides, impl="pallas")
+    assert "dct_top_k" in compiled(find, "v5e:2x2", (shape, jnp.float32)).as_text()
+
+
+def test_a_train_step_of_demo_on_sixteen_chips_moves_less_memory_with_the_kernel():
+    devices = topologies.describe("v5e:4x4").devices
+    mesh = parallel.make_mesh({"worker": 4, "model": 4}, devices=devices)
+    params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32)}
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+
+    def bytes_accessed(impl):
+        tx = demo(0.1, axis_name="worker", impl=impl)
+        specs = {"param_specs": {"w": P(None, "model")}, "worker_axis": "worker"}
+        step = parallel.make_train_step(loss, tx, mesh, **specs)
+        program = step.lower(params, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
+        calls = [line for line in program.as_text().splitlines() if "%dct_top_k" in line]
+        assert any("custom-call" in line for line in calls) == (impl == "pallas")
+        return program.cost_analysis()["bytes accessed"]
+
+    assert bytes_accessed("pallas") < 0.85 * bytes_accessed("xla")
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("shape", [(576, 1280), (24, 1024)])  # as it lies; laid out anew
+def test_signs_compile_and_need_little_temporary_memory(topology, shape):
+    size = shape[0] * shape[1]
+    encode = functools.partial(kernels.sign_encode, scale="l2", impl="pallas")
+    program = compiled(encode, topology, (shape, jnp.float32))
+    assert "sign_encode" in program.as_text()
+    mean = lambda bits, scales: kernels.sign_mean(bits, scales, shape, impl="pallas")
+    payloads = ((4, size // 8), jnp.uint8), ((4, size // 256), jnp.float32)
+    assert "sign_mean" in compiled(mean, topology, *payloads).as_text()
+    if shape[0] % 64 == 0:  # scales are padded to 128 columns, bits are copied before they lie flat
+        assert program.memory_analysis().temp_size_in_bytes < size
+
+
+def test_a_train_step_on_sixteen_chips_has_the_kernels_of_signs():
+    mesh = parallel.make_mesh({"worker": 16}, devices=topologies.describe("v5e:4x4").devices)
+    mean = compressed_mean(compressors.sign(block=256, impl="pallas"), axis_name="worker")
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+    tx = optax.chain(mean, optax.sgd(0.1))
+    step = parallel.make_train_step(loss, tx, mesh, worker_axis="worker")
+    params = {"w": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
+    program = step.lower(params, jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile()
+    assert all(name in program.as_text() for name in ("sign_encode", "sign_mean"))

@@ -1,0 +1,375 @@
+"""The largest cosine coefficients of every chunk of a matrix, found and decoded in one pass.
+
+A matrix is cut into chunks of a rows and b columns. Each goes through the orthonormal DCT-II along
+both axes, Y = D_a X D_bᵀ, and the k largest magnitudes are sent. This is what
+``compressors.dct_top_k`` and ``demo`` do, whose coefficients these are.
+
+Left to XLA it is a copy of the matrix into chunks, two products, a sort of each chunk with its
+indices, a scatter, two products and the copy back. The kernel takes the matrix as it lies, chunks
+side by side in its tiles of 128 columns, and sorts nothing:
+
+* Magnitudes of floats are ordered as their bits are. The k-th largest of a chunk is found from its
+  highest bit down, each by counting what reaches it: three vector operations an entry in each of 31
+  rounds, whatever k is. Taking k maxima in turn needs six in each of k rounds.
+* Of those equal to the k-th the first are taken: for each the ones before it are counted, by
+  products with matrices of zeros and ones.
+* The same counts say in which row of its chunk the s-th of the k is. A product with the zeros and
+  ones that pick these rows brings them to place s: as four bytes, which bfloat16 holds exactly.
+"""
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxopt_suite import core
+from jaxopt_suite.kernels.implementations import (
+    Impl,
+    alike_varying,
+    by_platform,
+    interpreter,
+    resolve,
+    struct_like,
+    tpu_parameters,
+)
+
+_LANES = 128
+_BANDS = 8  # rows of chunks in a tile: their counts fill the sublanes of a register
+_COLUMNS = 512  # columns of a tile
+_EXACT = jax.lax.Precision.DEFAULT  # of products of bfloat16 numbers
+_HIGHEST = jax.lax.Precision.HIGHEST  # a TPU's default multiplies float32 as bfloat16
+
+
+class Largest(NamedTuple):
+    """What ``dct_top_k`` gives for c chunks, which are counted along the rows of the matrices."""
+
+    values: jax.Array  # float32 [c, k]: coefficients as they travel
+    indices: jax.Array  # int32 [c, k]: where these are in the flat chunk, in no promised order
+    decoded: jax.Array  # float32, the shape of what was transformed: of these coefficients alone
+
+
+def dct_top_k(
+    x: jax.Array,
+    k: int,
+    sides: tuple[int, int],
+    *,
+    values: Literal["float32", "bfloat16"] = "float32",
+    impl: Impl = "auto",
+) -> Largest:
+    """The k largest DCT coefficients of every chunk, and what they will be decoded to, in one pass.
+
+    Of equal magnitudes the one of the lower index is taken. The kernel, for TPUs, reads x once and
+    writes what is decoded, and 8 bytes for each column of each row of chunks. Its coefficients are
+    the definition's up to rounding; where one is not finite, all of its chunk is decoded to NaN.
+    Time on hardware: unmeasured. What the compiler says of it: ``docs/guides/kernels.md``.
+
+    Args:
+      x: float32 ``[..., rows, columns]``, filled up with zeros to whole chunks.
+      k: coefficients of a chunk, at most all of them.
+      sides: (a, b) of a chunk. What the kernel takes is said by ``dct_top_k_takes``.
+      values: dtype that coefficients are rounded to.
+      impl: see ``kernels.resolve``.
+
+    Raises:
+      ValueError, TypeError: for a bad argument, or for chunks that the kernel does not take.
+    """
+    chosen = resolve("dct_top_k", impl)
+    _check(x, k, sides, values)
+    if chosen == "xla" or x.size == 0:
+        return dct_top_k_definition(x, k, sides, values)
+    if not dct_top_k_takes(sides, k):
+        raise ValueError(
+            "the kernel takes chunks of a multiple of 8 up to 128 rows, of columns that divide 128 "
+            f"and are 8 at least, and no more coefficients than columns, got sides={sides}, k={k}"
+        )
+    plan = _Plan.of(x.shape, sides, k, values)
+    kernel, matrices = functools.partial(_call, plan=plan, impl=chosen), x.reshape(plan.shape)
+    interpreted = chosen == "interpret"
+    made = kernel(matrices) if interpreted else by_platform("dct_top_k", matrices, tpu=kernel)
+    found, indices, decoded = made
+    return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded.reshape(x.shape))
+
+
+def dct_top_k_takes(sides: tuple[int, int], k: int) -> bool:
+    """Whether the kernel takes k coefficients of chunks of ``sides``, (a, b)."""
+    a, b = sides
+    return a % 8 == 0 and a <= _LANES and b >= 8 and _LANES % b == 0 and k <= b
+
+
+def dct_top_k_definition(x: jax.Array, k: int, sides: tuple[int, int], values: str) -> Largest:
+    """What ``dct_top_k`` means, in plain JAX."""
+    (a, b), (rows, columns) = sides, x.shape[-2:]
+    down, across, stack = -(-rows // a), -(-columns // b), math.prod(x.shape[:-2])
+    fill = (0, 0), (0, down * a - rows), (0, across * b - columns)
+    padded = jnp.pad(x.reshape(stack, rows, columns), fill)
+    chunks = padded.reshape(stack, down, a, across, b).swapaxes(2, 3)
+    of_rows, of_columns = jnp.asarray(dct_matrix(a)), jnp.asarray(dct_matrix(b))
+    product = functools.partial(jnp.einsum, precision=_HIGHEST)
+
+    half = product("...ab,jb->...aj", chunks, of_columns)
+    coefficients = product("ia,...aj->...ij", of_rows, half)
+    coefficients = coefficients.reshape(stack * down * across, a * b)
+    indices = jax.lax.top_k(jnp.abs(coefficients), k)[1]
+    kept = jnp.take_along_axis(coefficients, indices, axis=1)
+    kept = kept.astype(values).astype(jnp.float32)
+
+    place = jnp.arange(len(indices), dtype=jnp.int32)[:, None], indices
+    sent = jnp.zeros_like(coefficients).at[place].set(kept, unique_indices=True)
+    half = product("...ij,jb->...ib", sent.reshape(chunks.shape), of_columns)
+    decoded = product("ia,...ib->...ab", of_rows, half).swapaxes(2, 3)
+    decoded = decoded.reshape(padded.shape)[:, :rows, :columns]
+    return Largest(kept, indices, decoded.reshape(x.shape))
+
+
+def dct_matrix(length: int) -> np.ndarray:
+    """The orthonormal DCT-II, D[i, j] = √((2 − [i=0])/n) cos(π i (2j + 1) / 2n), float32 [n, n]."""
+    i, j = np.arange(length)[:, None], np.arange(length)[None, :]
+    matrix = np.cos(np.pi * i * (2 * j + 1) / (2 * length)) * np.sqrt(2 / length)
+    matrix[0] /= np.sqrt(2)
+    return matrix.astype(np.float32)
+
+
+class _Plan(NamedTuple):
+    """How a stack of matrices is cut."""
+
+    shape: tuple[int, int, int]  # matrices, rows, columns
+    sides: tuple[int, int]
+    chunks: tuple[int, int]  # of a matrix: down and across
+    bands: int  # rows of chunks in a tile
+    columns: int  # of a tile, a multiple of 128
+    k: int
+    values: str
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], sides: tuple[int, int], k: int, values: str) -> "_Plan":
+        *stack, rows, columns = shape
+        down, across = -(-rows // sides[0]), -(-columns // sides[1])
+        width = min(_COLUMNS, -(-columns // _LANES) * _LANES)
+        matrices = math.prod(stack), rows, columns
+        return cls(matrices, sides, (down, across), min(_BANDS, down), width, k, values)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        matrices, _, columns = self.shape
+        return matrices, -(-self.chunks[0] // self.bands), -(-columns // self.columns)
+
+    @property
+    def found(self) -> tuple[int, int, int]:
+        """Shape of the coefficients: a chunk's are in the first k of its columns."""
+        return self.shape[0], self.chunks[0], self.chunks[1] * self.sides[1]
+
+    def of_chunks(self, found: jax.Array) -> jax.Array:
+        """``[chunks, k]`` of what has the shape of the coefficients."""
+        return found.reshape(-1, self.sides[1])[:, : self.k]
+
+    def cost(self) -> pl.CostEstimate:
+        """What the kernel computes, products of zeros and ones included, and what it moves."""
+        (a, _), size = self.sides, math.prod(self.shape)
+        cosines, counts, rows = 4 * (_LANES + a), 4 * (2 * _LANES + a), 10 * _LANES
+        return pl.CostEstimate(
+            flops=size * (cosines + counts + rows),
+            bytes_accessed=8 * size + 8 * math.prod(self.found),
+            transcendentals=0,
+        )
+
+
+def _call(x: jax.Array, plan: _Plan, impl: str) -> Any:
+    (a, b), tile = plan.sides, (plan.bands * plan.sides[0], plan.columns)
+    right = np.kron(np.eye(_LANES // b, dtype=np.float32), dct_matrix(b))
+    operands = alike_varying(x, jnp.asarray(dct_matrix(a)), jnp.asarray(right))
+    entries = pl.BlockSpec((1, *tile), lambda n, i, j: (n, i, j))
+    whole = lambda side: pl.BlockSpec((side, side), lambda n, i, j: (0, 0))
+    found = pl.BlockSpec((1, plan.bands, plan.columns), lambda n, i, j: (n, i, j))
+    return pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        name="dct_top_k",
+        grid=plan.grid,
+        in_specs=[entries, whole(a), whole(_LANES)],
+        out_specs=[found, found, entries],
+        out_shape=[
+            struct_like(plan.found, jnp.float32, operands[0]),
+            struct_like(plan.found, jnp.int32, operands[0]),
+            struct_like(plan.shape, jnp.float32, operands[0]),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((plan.bands, a, plan.columns), jnp.float32),
+            pltpu.VMEM((plan.bands, plan.columns), jnp.int32),
+        ],
+        compiler_params=tpu_parameters(
+            impl, *["parallel"] * 3, allow_input_fusion=[True, False, False]
+        ),
+        cost_estimate=plan.cost(),
+        interpret=interpreter(impl),
+    )(*operands)
+
+
+def _kernel(
+    x_ref: Any,  # float32 [1, bands · a, columns]
+    left_ref: Any,  # float32 [a, a]: D_a
+    right_ref: Any,  # float32 [128, 128]: D_b for each of the chunks side by side
+    values_ref: Any,  # float32 [1, bands, columns]: of a chunk in its first k columns
+    indices_ref: Any,  # int32, likewise
+    decoded_ref: Any,  # float32 [1, bands · a, columns]
+    coefficients_ref: Any,  # float32 [bands, a, columns]; the entries, before that
+    kth_ref: Any,  # int32 [bands, columns]: bits of the k-th largest magnitude, over its chunk
+    *,
+    plan: _Plan,
+) -> None:
+    a, b = plan.sides
+    rows_of = lambda band: pl.ds(pl.multiple_of(band * a, 8), a)
+
+    # XLA computes x while it is read, if that is in one place.
+    coefficients_ref[...] = _inside(x_ref[0], plan).reshape(coefficients_ref.shape)
+
+    @pl.loop(0, plan.bands)
+    def _transform(band: jax.Array) -> None:
+        x = coefficients_ref[band]
+        finite = jnp.abs(x) < jnp.inf
+        spoiled = _chunk_sums(~finite, b) > 0
+        half = _tiled(jnp.where(finite, x, 0.0), right_ref[...], (1, 1), _HIGHEST)
+        coefficients = _product(left_ref[...], half, precision=_HIGHEST)
+        coefficients_ref[band] = jnp.where(spoiled, jnp.nan, coefficients)
+
+    order = _order(coefficients_ref[...])
+
+    def try_a_bit(i: jax.Array, kth: jax.Array) -> jax.Array:
+        higher = kth | (1 << (30 - i))
+        reached = _chunk_sums(order >= higher[:, None, :], b)
+        return jnp.where(reached >= plan.k, higher, kth)
+
+    kth_ref[...] = jax.lax.fori_loop(0, 31, try_a_bit, jnp.zeros(kth_ref.shape, jnp.int32))
+
+    @pl.loop(0, plan.bands)
+    def _send(band: jax.Array) -> None:
+        coefficients, kth = coefficients_ref[band], kth_ref[pl.ds(band, 1), :]
+        above, equal = _order(coefficients) > kth, _order(coefficients) == kth
+        wanted = plan.k - _chunk_sums(above, b)
+        selected = above | (equal & (_Ranks.of(equal, b).rank < wanted))
+        sent = coefficients.astype(plan.values).astype(jnp.float32)
+
+        bits, indices = _compacted(sent, selected, b)
+        values_ref[0, pl.ds(band, 1), :] = pltpu.bitcast(bits, jnp.float32)
+        indices_ref[0, pl.ds(band, 1), :] = indices
+
+        spoiled = _chunk_sums(selected & ~(jnp.abs(sent) < jnp.inf), b) > 0
+        sent = jnp.where(selected & ~spoiled, sent, 0.0)
+        half = _tiled(sent, right_ref[...], precision=_HIGHEST)
+        entries = _product(left_ref[...], half, (0, 0), _HIGHEST)
+        decoded_ref[0, rows_of(band), :] = jnp.where(spoiled, jnp.nan, entries)
+
+
+def _inside(x: jax.Array, plan: _Plan) -> jax.Array:
+    """A tile, with zeros in the place of what lies beyond the matrix."""
+    _, rows, columns = plan.shape
+    first_row, first_column = pl.program_id(1) * x.shape[0], pl.program_id(2) * x.shape[1]
+    inside = first_row + _positions(x.shape, 0) < rows
+    inside &= first_column + _positions(x.shape, 1) < columns
+    return jnp.where(inside, x, 0.0)
+
+
+class _Ranks(NamedTuple):
+    """Of flags of a row of chunks ``[a, columns]``, counts within each chunk; float32, likewise."""
+
+    rank: jax.Array  # flags before this entry, in the order of the flat chunk
+    before: jax.Array  # flags in the rows before this one
+    here: jax.Array  # flags in this row
+
+    @classmethod
+    def of(cls, flags: jax.Array, b: int) -> "_Ranks":
+        a = flags.shape[0]
+        ones = _zeros_and_ones(flags)
+        lower = _zeros_and_ones(_positions((a, a), 1) < _positions((a, a), 0))
+        place = (_LANES, _LANES)
+        earlier = _same_chunk(b) & (_positions(place, 0) < _positions(place, 1))
+        here = _tiled(ones, _zeros_and_ones(_same_chunk(b)))
+        before = _product(lower, here.astype(jnp.bfloat16))
+        return cls(before + _tiled(ones, _zeros_and_ones(earlier)), before, here)
+
+
+def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+    """Bits and indices of a chunk's selected entries in its first columns, int32 ``[1, columns]``.
+
+    A slot looks at the one row of its chunk that its entry is in.
+    """
+    ranks = _Ranks.of(selected, b)
+    rank = jnp.where(selected, ranks.rank, -1.0)
+    slot = (_positions(sent.shape, 1) & (b - 1)).astype(jnp.float32)
+    picks = (ranks.before <= slot) & (slot < ranks.before + ranks.here)  # [a, columns]: rows, slots
+    bits = pltpu.bitcast(sent, jnp.int32)
+    same, place = _same_chunk(b), _positions((_LANES, _LANES), 0)
+    found, indices = [], []
+    for first in range(0, sent.shape[1], _LANES):
+        tile = slice(first, first + _LANES)
+        words = bits[:, tile].T
+        pieces = [(words >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
+        columns = jnp.concatenate([rank[:, tile].T, *pieces]).astype(jnp.bfloat16)
+        rows = _product(columns, _zeros_and_ones(picks[:, tile]))
+        rank_there, *bytes_there = rows.reshape(5, _LANES, _LANES)
+        there = same & (rank_there == slot[:1, tile])
+        word = sum(x.astype(jnp.int32) << 8 * i for i, x in enumerate(bytes_there))
+        row = jnp.sum(jnp.where(picks[:, tile], _positions(slot[:, tile].shape, 0), 0), 0)
+        found.append(jnp.sum(jnp.where(there, word, 0), axis=0))
+        indices.append(row * b + jnp.sum(jnp.where(there, place & (b - 1), 0), axis=0))
+    return jnp.concatenate(found)[None, :], jnp.concatenate(indices)[None, :]
+
+
+def _chunk_sums(flags: jax.Array, b: int) -> jax.Array:
+    """Flags set in each chunk, over its columns: of ``[a, columns]`` float32 ``[1, columns]``.
+
+    Args:
+      flags: bool ``[a, columns]``, or ``[bands, a, columns]`` for a result ``[bands, columns]``.
+      b: columns of a chunk.
+    """
+    counts = jnp.sum(jnp.where(flags, 1.0, 0.0), axis=-2).reshape(-1, flags.shape[-1])
+    return _tiled(counts.astype(jnp.bfloat16), _zeros_and_ones(_same_chunk(b)))
+
+
+def _same_chunk(b: int) -> jax.Array:
+    """Which of 128 columns are of one chunk, bool ``[128, 128]``."""
+    place = (_LANES, _LANES)
+    return (_positions(place, 0) & -b) == (_positions(place, 1) & -b)
+
+
+def _tiled(
+    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
+) -> jax.Array:
+    """Products of every 128 columns of ``x`` with a matrix ``[128, 128]``, side by side."""
+    tiles = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
+    return jnp.concatenate([_product(tile, y, axes, precision) for tile in tiles], axis=1)
+
+
+def _product(
+    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
+) -> jax.Array:
+    """A product of matrices that sums over these axes, in float32."""
+    over = ((axes[0],), (axes[1],)), ((), ())
+    return jax.lax.dot_general(x, y, over, precision, preferred_element_type=jnp.float32)
+
+
+def _zeros_and_ones(flags: jax.Array) -> jax.Array:
+    return jnp.where(flags, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """Integers in the order of the magnitudes, NaN above infinity."""
+    return pltpu.bitcast(jnp.abs(x), jnp.int32)
+
+
+def _positions(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _check(x: jax.Array, k: int, sides: tuple[int, int], values: str) -> None:
+    core.check_choice("values", values, ("float32", "bfloat16"))
+    core.check_int("k", k, low=1)
+    if x.dtype != jnp.float32:
+        raise TypeError(f"x must be float32, got {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"x must have rows and columns, got shape {x.shape}")
+    if min(sides) < 1 or k > sides[0] * sides[1]:
+        raise ValueError(f"a chunk of sides={sides} has no k={k} coefficients")
