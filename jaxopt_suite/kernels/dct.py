@@ -28,6 +28,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import core
+from jaxopt_suite.kernels.chunks import (
+    LANES,
+    Ranks,
+    chunk_sums,
+    positions,
+    product,
+    same_chunk,
+    tiled,
+    zeros_and_ones,
+)
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
@@ -38,10 +48,8 @@ from jaxopt_suite.kernels.implementations import (
     tpu_parameters,
 )
 
-_LANES = 128
 _BANDS = 8  # rows of chunks in a tile: their counts fill the sublanes of a register
 _COLUMNS = 512  # columns of a tile
-_EXACT = jax.lax.Precision.DEFAULT  # of products of bfloat16 numbers
 _HIGHEST = jax.lax.Precision.HIGHEST  # a TPU's default multiplies float32 as bfloat16
 
 
@@ -98,7 +106,7 @@ def dct_top_k(
 def dct_top_k_takes(sides: tuple[int, int], k: int) -> bool:
     """Whether the kernel takes k coefficients of chunks of ``sides``, (a, b)."""
     a, b = sides
-    return a % 8 == 0 and a <= _LANES and b >= 8 and _LANES % b == 0 and k <= b
+    return a % 8 == 0 and a <= LANES and b >= 8 and LANES % b == 0 and k <= b
 
 
 def dct_top_k_definition(x: jax.Array, k: int, sides: tuple[int, int], values: str) -> Largest:
@@ -109,10 +117,10 @@ def dct_top_k_definition(x: jax.Array, k: int, sides: tuple[int, int], values: s
     padded = jnp.pad(x.reshape(stack, rows, columns), fill)
     chunks = padded.reshape(stack, down, a, across, b).swapaxes(2, 3)
     of_rows, of_columns = jnp.asarray(dct_matrix(a)), jnp.asarray(dct_matrix(b))
-    product = functools.partial(jnp.einsum, precision=_HIGHEST)
+    contract = functools.partial(jnp.einsum, precision=_HIGHEST)
 
-    half = product("...ab,jb->...aj", chunks, of_columns)
-    coefficients = product("ia,...aj->...ij", of_rows, half)
+    half = contract("...ab,jb->...aj", chunks, of_columns)
+    coefficients = contract("ia,...aj->...ij", of_rows, half)
     coefficients = coefficients.reshape(stack * down * across, a * b)
     indices = jax.lax.top_k(jnp.abs(coefficients), k)[1]
     kept = jnp.take_along_axis(coefficients, indices, axis=1)
@@ -120,8 +128,8 @@ def dct_top_k_definition(x: jax.Array, k: int, sides: tuple[int, int], values: s
 
     place = jnp.arange(len(indices), dtype=jnp.int32)[:, None], indices
     sent = jnp.zeros_like(coefficients).at[place].set(kept, unique_indices=True)
-    half = product("...ij,jb->...ib", sent.reshape(chunks.shape), of_columns)
-    decoded = product("ia,...ib->...ab", of_rows, half).swapaxes(2, 3)
+    half = contract("...ij,jb->...ib", sent.reshape(chunks.shape), of_columns)
+    decoded = contract("ia,...ib->...ab", of_rows, half).swapaxes(2, 3)
     decoded = decoded.reshape(padded.shape)[:, :rows, :columns]
     return Largest(kept, indices, decoded.reshape(x.shape))
 
@@ -149,7 +157,7 @@ class _Plan(NamedTuple):
     def of(cls, shape: tuple[int, ...], sides: tuple[int, int], k: int, values: str) -> "_Plan":
         *stack, rows, columns = shape
         down, across = -(-rows // sides[0]), -(-columns // sides[1])
-        width = min(_COLUMNS, -(-columns // _LANES) * _LANES)
+        width = min(_COLUMNS, -(-columns // LANES) * LANES)
         matrices = math.prod(stack), rows, columns
         return cls(matrices, sides, (down, across), min(_BANDS, down), width, k, values)
 
@@ -170,7 +178,7 @@ class _Plan(NamedTuple):
     def cost(self) -> pl.CostEstimate:
         """What the kernel computes, products of zeros and ones included, and what it moves."""
         (a, _), size = self.sides, math.prod(self.shape)
-        cosines, counts, rows = 4 * (_LANES + a), 4 * (2 * _LANES + a), 10 * _LANES
+        cosines, counts, rows = 4 * (LANES + a), 4 * (2 * LANES + a), 10 * LANES
         return pl.CostEstimate(
             flops=size * (cosines + counts + rows),
             bytes_accessed=8 * size + 8 * math.prod(self.found),
@@ -180,7 +188,7 @@ class _Plan(NamedTuple):
 
 def _call(x: jax.Array, plan: _Plan, impl: str) -> Any:
     (a, b), tile = plan.sides, (plan.bands * plan.sides[0], plan.columns)
-    right = np.kron(np.eye(_LANES // b, dtype=np.float32), dct_matrix(b))
+    right = np.kron(np.eye(LANES // b, dtype=np.float32), dct_matrix(b))
     operands = alike_varying(x, jnp.asarray(dct_matrix(a)), jnp.asarray(right))
     entries = pl.BlockSpec((1, *tile), lambda n, i, j: (n, i, j))
     whole = lambda side: pl.BlockSpec((side, side), lambda n, i, j: (0, 0))
@@ -189,7 +197,7 @@ def _call(x: jax.Array, plan: _Plan, impl: str) -> Any:
         functools.partial(_kernel, plan=plan),
         name="dct_top_k",
         grid=plan.grid,
-        in_specs=[entries, whole(a), whole(_LANES)],
+        in_specs=[entries, whole(a), whole(LANES)],
         out_specs=[found, found, entries],
         out_shape=[
             struct_like(plan.found, jnp.float32, operands[0]),
@@ -230,16 +238,16 @@ def _kernel(
     def _transform(band: jax.Array) -> None:
         x = coefficients_ref[band]
         finite = jnp.abs(x) < jnp.inf
-        spoiled = _chunk_sums(~finite, b) > 0
-        half = _tiled(jnp.where(finite, x, 0.0), right_ref[...], (1, 1), _HIGHEST)
-        coefficients = _product(left_ref[...], half, precision=_HIGHEST)
+        spoiled = chunk_sums(~finite, b) > 0
+        half = tiled(jnp.where(finite, x, 0.0), right_ref[...], (1, 1), _HIGHEST)
+        coefficients = product(left_ref[...], half, precision=_HIGHEST)
         coefficients_ref[band] = jnp.where(spoiled, jnp.nan, coefficients)
 
     order = _order(coefficients_ref[...])
 
     def try_a_bit(i: jax.Array, kth: jax.Array) -> jax.Array:
         higher = kth | (1 << (30 - i))
-        reached = _chunk_sums(order >= higher[:, None, :], b)
+        reached = chunk_sums(order >= higher[:, None, :], b)
         return jnp.where(reached >= plan.k, higher, kth)
 
     kth_ref[...] = jax.lax.fori_loop(0, 31, try_a_bit, jnp.zeros(kth_ref.shape, jnp.int32))
@@ -248,18 +256,18 @@ def _kernel(
     def _send(band: jax.Array) -> None:
         coefficients, kth = coefficients_ref[band], kth_ref[pl.ds(band, 1), :]
         above, equal = _order(coefficients) > kth, _order(coefficients) == kth
-        wanted = plan.k - _chunk_sums(above, b)
-        selected = above | (equal & (_Ranks.of(equal, b).rank < wanted))
+        wanted = plan.k - chunk_sums(above, b)
+        selected = above | (equal & (Ranks.of(equal, b).rank < wanted))
         sent = coefficients.astype(plan.values).astype(jnp.float32)
 
         bits, indices = _compacted(sent, selected, b)
         values_ref[0, pl.ds(band, 1), :] = pltpu.bitcast(bits, jnp.float32)
         indices_ref[0, pl.ds(band, 1), :] = indices
 
-        spoiled = _chunk_sums(selected & ~(jnp.abs(sent) < jnp.inf), b) > 0
+        spoiled = chunk_sums(selected & ~(jnp.abs(sent) < jnp.inf), b) > 0
         sent = jnp.where(selected & ~spoiled, sent, 0.0)
-        half = _tiled(sent, right_ref[...], precision=_HIGHEST)
-        entries = _product(left_ref[...], half, (0, 0), _HIGHEST)
+        half = tiled(sent, right_ref[...], precision=_HIGHEST)
+        entries = product(left_ref[...], half, (0, 0), _HIGHEST)
         decoded_ref[0, rows_of(band), :] = jnp.where(spoiled, jnp.nan, entries)
 
 
@@ -267,28 +275,9 @@ def _inside(x: jax.Array, plan: _Plan) -> jax.Array:
     """A tile, with zeros in the place of what lies beyond the matrix."""
     _, rows, columns = plan.shape
     first_row, first_column = pl.program_id(1) * x.shape[0], pl.program_id(2) * x.shape[1]
-    inside = first_row + _positions(x.shape, 0) < rows
-    inside &= first_column + _positions(x.shape, 1) < columns
+    inside = first_row + positions(x.shape, 0) < rows
+    inside &= first_column + positions(x.shape, 1) < columns
     return jnp.where(inside, x, 0.0)
-
-
-class _Ranks(NamedTuple):
-    """Of flags of a row of chunks ``[a, columns]``, counts within each chunk; float32, likewise."""
-
-    rank: jax.Array  # flags before this entry, in the order of the flat chunk
-    before: jax.Array  # flags in the rows before this one
-    here: jax.Array  # flags in this row
-
-    @classmethod
-    def of(cls, flags: jax.Array, b: int) -> "_Ranks":
-        a = flags.shape[0]
-        ones = _zeros_and_ones(flags)
-        lower = _zeros_and_ones(_positions((a, a), 1) < _positions((a, a), 0))
-        place = (_LANES, _LANES)
-        earlier = _same_chunk(b) & (_positions(place, 0) < _positions(place, 1))
-        here = _tiled(ones, _zeros_and_ones(_same_chunk(b)))
-        before = _product(lower, here.astype(jnp.bfloat16))
-        return cls(before + _tiled(ones, _zeros_and_ones(earlier)), before, here)
 
 
 def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
@@ -296,72 +285,31 @@ def _compacted(sent: jax.Array, selected: jax.Array, b: int) -> tuple[jax.Array,
 
     A slot looks at the one row of its chunk that its entry is in.
     """
-    ranks = _Ranks.of(selected, b)
+    ranks = Ranks.of(selected, b)
     rank = jnp.where(selected, ranks.rank, -1.0)
-    slot = (_positions(sent.shape, 1) & (b - 1)).astype(jnp.float32)
+    slot = (positions(sent.shape, 1) & (b - 1)).astype(jnp.float32)
     picks = (ranks.before <= slot) & (slot < ranks.before + ranks.here)  # [a, columns]: rows, slots
     bits = pltpu.bitcast(sent, jnp.int32)
-    same, place = _same_chunk(b), _positions((_LANES, _LANES), 0)
+    same, place = same_chunk(b), positions((LANES, LANES), 0)
     found, indices = [], []
-    for first in range(0, sent.shape[1], _LANES):
-        tile = slice(first, first + _LANES)
+    for first in range(0, sent.shape[1], LANES):
+        tile = slice(first, first + LANES)
         words = bits[:, tile].T
         pieces = [(words >> shift & 255).astype(jnp.float32) for shift in (0, 8, 16, 24)]
         columns = jnp.concatenate([rank[:, tile].T, *pieces]).astype(jnp.bfloat16)
-        rows = _product(columns, _zeros_and_ones(picks[:, tile]))
-        rank_there, *bytes_there = rows.reshape(5, _LANES, _LANES)
+        rows = product(columns, zeros_and_ones(picks[:, tile]))
+        rank_there, *bytes_there = rows.reshape(5, LANES, LANES)
         there = same & (rank_there == slot[:1, tile])
         word = sum(x.astype(jnp.int32) << 8 * i for i, x in enumerate(bytes_there))
-        row = jnp.sum(jnp.where(picks[:, tile], _positions(slot[:, tile].shape, 0), 0), 0)
+        row = jnp.sum(jnp.where(picks[:, tile], positions(slot[:, tile].shape, 0), 0), 0)
         found.append(jnp.sum(jnp.where(there, word, 0), axis=0))
         indices.append(row * b + jnp.sum(jnp.where(there, place & (b - 1), 0), axis=0))
     return jnp.concatenate(found)[None, :], jnp.concatenate(indices)[None, :]
 
 
-def _chunk_sums(flags: jax.Array, b: int) -> jax.Array:
-    """Flags set in each chunk, over its columns: of ``[a, columns]`` float32 ``[1, columns]``.
-
-    Args:
-      flags: bool ``[a, columns]``, or ``[bands, a, columns]`` for a result ``[bands, columns]``.
-      b: columns of a chunk.
-    """
-    counts = jnp.sum(jnp.where(flags, 1.0, 0.0), axis=-2).reshape(-1, flags.shape[-1])
-    return _tiled(counts.astype(jnp.bfloat16), _zeros_and_ones(_same_chunk(b)))
-
-
-def _same_chunk(b: int) -> jax.Array:
-    """Which of 128 columns are of one chunk, bool ``[128, 128]``."""
-    place = (_LANES, _LANES)
-    return (_positions(place, 0) & -b) == (_positions(place, 1) & -b)
-
-
-def _tiled(
-    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
-) -> jax.Array:
-    """Products of every 128 columns of ``x`` with a matrix ``[128, 128]``, side by side."""
-    tiles = [x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)]
-    return jnp.concatenate([_product(tile, y, axes, precision) for tile in tiles], axis=1)
-
-
-def _product(
-    x: jax.Array, y: jax.Array, axes: tuple[int, int] = (1, 0), precision: Any = _EXACT
-) -> jax.Array:
-    """A product of matrices that sums over these axes, in float32."""
-    over = ((axes[0],), (axes[1],)), ((), ())
-    return jax.lax.dot_general(x, y, over, precision, preferred_element_type=jnp.float32)
-
-
-def _zeros_and_ones(flags: jax.Array) -> jax.Array:
-    return jnp.where(flags, 1.0, 0.0).astype(jnp.bfloat16)
-
-
 def _order(x: jax.Array) -> jax.Array:
     """Integers in the order of the magnitudes, NaN above infinity."""
     return pltpu.bitcast(jnp.abs(x), jnp.int32)
-
-
-def _positions(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _check(x: jax.Array, k: int, sides: tuple[int, int], values: str) -> None:
