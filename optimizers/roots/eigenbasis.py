@@ -9,11 +9,7 @@ from jaxopt_suite import core
 from jaxopt_suite.optimizers.roots.panels import panel_qr
 from jaxopt_suite.optimizers.roots.products import distance_to_identity, product
 from jaxopt_suite.optimizers.roots.spectral import decompose
-from jaxopt_suite.optimizers.roots.stack import (
-    add_to_diagonal,
-    cleaned,
-    inside_of,
-)
+from jaxopt_suite.optimizers.roots.stack import cleaned, inside_of
 
 _ORTHONORMAL = 1e-2  # float32 gives 1e-6 to 1e-5; more than this is no basis
 
@@ -103,16 +99,16 @@ def _decomposed(a: jax.Array, inside: jax.Array, previous: jax.Array | None) -> 
         along = jnp.take_along_axis(vectors, largest, axis=1)[:, 0]
         permutation = _no_change(a)
     else:
-        permutation, ordered, _ = _sorted_columns(a, inside, previous)
+        permutation, ordered, _, _ = _sorted_columns(a, inside, previous)
         along = jnp.sum(vectors * ordered, axis=1)
     return _basis(vectors, jnp.where(inside, values, 0), permutation, along)
 
 
 def _stepped(a: jax.Array, inside: jax.Array, previous: jax.Array) -> Eigenbasis:
-    permutation, ordered, values = _sorted_columns(a, inside, previous)
+    permutation, ordered, image, values = _sorted_columns(a, inside, previous)
     size = jnp.sum(inside, axis=1, keepdims=True).astype(a.dtype)
     shift = size * jnp.finfo(a.dtype).eps  # the largest entry of A is of order one here
-    image = product(add_to_diagonal(a, jnp.where(inside, shift, 1)), ordered)
+    image += jnp.where(inside, shift, 1)[:, :, None] * ordered
     vectors, along = core.batch_factorisation(_orthonormal, tpu=panel_qr)(image)
     return _basis(vectors, values, permutation, along)
 
@@ -125,14 +121,16 @@ def _orthonormal(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _sorted_columns(
     a: jax.Array, inside: jax.Array, basis: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What sorts the columns by ``diag(Q^T A Q)``, the sorted columns, and these estimates."""
-    estimate = jnp.sum(basis * product(a, basis), axis=1)
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """What sorts the columns by ``diag(Q^T A Q)``, Q and AQ so sorted, and these estimates."""
+    image = product(a, basis)
+    estimate = jnp.sum(basis * image, axis=1)
     keys = jnp.where(inside, -estimate, jnp.inf)  # the padding last, and equal ones as they were
     permutation = jnp.argsort(keys, axis=1, stable=True).astype(jnp.int32)
-    ordered = jnp.take_along_axis(basis, permutation[:, None, :], axis=2)
+    along = permutation[:, None, :]
+    ordered, image = (jnp.take_along_axis(x, along, axis=2) for x in (basis, image))
     values = jnp.take_along_axis(estimate, permutation, axis=1)
-    return permutation, ordered, jnp.where(inside, values, 0)
+    return permutation, ordered, image, jnp.where(inside, values, 0)
 
 
 def _basis(

@@ -4,6 +4,8 @@ XLA writes a TPU's Householder reflections out, block by block: a QR of 1024 by 
 thirty times longer than a panel of 128 columns.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,7 @@ from jaxopt_suite.core.varying import vary, varying_axes
 from jaxopt_suite.optimizers.roots.products import product
 
 _WIDTH = 128  # columns of a panel: a tile of the matrix unit
-_TIMES = 3
+_TIMES = 4
 
 
 def panel_qr(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,11 +41,13 @@ def panel_qr(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         before, diagonal = done  # columns that are still to come are zero
         panel = jax.lax.dynamic_slice_in_dim(padded, i * _WIDTH, _WIDTH, 2)
-        panel, lengths = _freed(before, panel, jnp.ones_like(panel[:, 0]))
-        panel += _noise(i, panel) * (jnp.arange(size + missing) < size)[None, :, None]
-        panel, lengths = jax.lax.fori_loop(
-            0, _TIMES, lambda _, last: _freed(before, *last), (panel, lengths)
-        )
+        noise = _noise(i, panel) * (jnp.arange(size + missing) < size)[None, :, None]
+
+        def again(time: jax.Array, last: tuple[jax.Array, jax.Array]) -> Any:
+            panel, lengths = last
+            return _freed(before, panel + jnp.where(time == 1, noise, 0), lengths)
+
+        panel, lengths = jax.lax.fori_loop(0, _TIMES, again, (panel, jnp.ones_like(panel[:, 0])))
         before = jax.lax.dynamic_update_slice_in_dim(before, panel, i * _WIDTH, 2)
         return before, jax.lax.dynamic_update_slice_in_dim(diagonal, lengths, i * _WIDTH, 1)
 
