@@ -372,7 +372,7 @@ def _apart() -> list[Recipe]:
             ),
             state_formula="4mn",
             state_elements=_outer_loop_elements,
-            wire="9mn/8 (N-1)/N every sync_every steps",
+            wire="17mn/16 (N-1)/N every sync_every steps",
         ),
         apart(
             name="local_adamw",

@@ -6,7 +6,7 @@ follow.
 ``diloco``: bytes of outer loops in such programs, averaged over a round, and memory.
 ``overhead``: time to compress and decompress, against a train step.
 ``task``: loss against bytes on the default task; names of variants may follow.
-``outer_task``: the same of outer loops, and of workers that come and go.
+``outer_task``: the same of outer loops, and of workers that come and go; names may follow.
 ``utilisation``: the bandwidth that a share of computing needs, beside published figures.
 """
 
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("names", nargs="*", help="variants of the task, or meshes of wire")
     options = parser.parse_args(arguments)
-    if options.names and options.part not in ("wire", "task"):
+    if options.names and options.part not in ("wire", "task", "outer_task"):
         parser.error(f"{options.part} takes no names, got {' '.join(options.names)}")
     name, measure, kept = PARTS[options.part]
     given = {"names": options.names} if options.names else {}

@@ -6,12 +6,13 @@ are the best of a few that were tried beforehand.
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks import _results
 from benchmarks.communication import task
 from jaxopt_suite.experiments.config import TrainConfig
 from jaxopt_suite.experiments.data import load_corpus, train_batches, validation_batches
@@ -36,10 +37,21 @@ VARIANTS = (
 DISTURBED = ("DiLoCo", "streaming DiLoCo, int4")
 
 
-def measure() -> Iterator[dict[str, Any]]:
-    """One row for each variant, the baseline first; after some, a row with workers away."""
+def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """One row for each variant, the baseline first; after some, a row with workers away.
+
+    Args:
+      names: of the variants; none: all.
+
+    Raises:
+      UserError: if there is no such variant.
+    """
+    known = [variant.name for variant in VARIANTS]
+    _results.check_names("variant", names, known)
     dense = None
     for variant in VARIANTS:
+        if names and variant.name not in (known[0], *names):
+            continue
         row = task.run(variant)
         dense = dense or row
         yield _beside({**row, "away": 0}, dense)

@@ -1,5 +1,6 @@
 """DiLoCo with AdamW inside and Nesterov's momentum outside, as papers train language models."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from jaxopt_suite.optimizers.diloco.streaming import streaming_diloco
 from jaxopt_suite.optimizers.grams import scale_by_grams
 
 Mean = Literal["float32", "int8", "int4"]
-_COMPRESSORS = {"int8": int8, "int4": int4}
+_COMPRESSORS = {"int8": int8, "int4": functools.partial(int4, block=128)}
 
 
 def diloco_adamw(
@@ -48,8 +49,8 @@ def diloco_adamw(
       sync_every: as in ``diloco``.
       outer_learning_rate: at least 0.
       outer_momentum: Nesterov's, in [0, 1); None: plain SGD, which keeps no state.
-      mean: how pseudo-gradients travel: ``"float32"``; ``"int8"`` or ``"int4"`` without error
-        feedback, leaves of fewer than 1024 elements as they are.
+      mean: how pseudo-gradients travel: ``"float32"``; ``"int8"`` or ``"int4"``, with scales for
+        256 or 128 entries, without error feedback, leaves of fewer than 1024 elements as they are.
       rejoin: as in ``diloco``.
 
     Returns:
