@@ -1,6 +1,7 @@
 """DiLoCo with AdamW inside and Nesterov's momentum outside, as papers train language models."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,6 +10,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.compression import feedback
+from jaxopt_suite.optimizers.compression.compressor import Compressor
 from jaxopt_suite.optimizers.compression.mean import compressed_mean
 from jaxopt_suite.optimizers.compression.quantize import int4, int8
 from jaxopt_suite.optimizers.diloco.diloco import Cadence, Restart, diloco
@@ -18,7 +20,10 @@ from jaxopt_suite.optimizers.diloco.streaming import streaming_diloco
 from jaxopt_suite.optimizers.grams import scale_by_grams
 
 Mean = Literal["float32", "int8", "int4"]
-_COMPRESSORS = {"int8": int8, "int4": functools.partial(int4, block=128)}
+_COMPRESSORS: dict[str, Callable[[], Compressor]] = {
+    "int8": int8,
+    "int4": functools.partial(int4, block=128),
+}
 
 
 def diloco_adamw(
