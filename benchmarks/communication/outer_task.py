@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import _results
 from benchmarks.communication import task
 from jaxopt_suite.experiments.config import TrainConfig
 from jaxopt_suite.experiments.data import load_corpus, train_batches, validation_batches
@@ -46,29 +45,18 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: if there is no such variant.
     """
-    known = [variant.name for variant in VARIANTS]
-    _results.check_names("variant", names, known)
     dense = None
-    for variant in VARIANTS:
-        if names and variant.name not in (known[0], *names):
-            continue
+    for variant in task.selected(VARIANTS, names):
         row = task.run(variant)
         dense = dense or row
-        yield _beside({**row, "away": 0}, dense)
+        yield task.beside({**row, "away": 0}, dense)
         if variant.name in DISTURBED:
-            yield _beside(disturbed(variant, row), dense)
+            yield task.beside(disturbed(variant, row), dense)
 
 
 def kept(rows: list[dict[str, Any]]) -> bool:
     """Whether nothing diverged, and away workers cost 2 % at most."""
     return all(row["mean"] is not None and row.get("over_calm", 1.0) <= 1.02 for row in rows)
-
-
-def _beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
-    row["times_fewer"] = dense["wire_bytes"] / row["wire_bytes"]
-    row["over_dense"] = None if row["mean"] is None else row["mean"] / dense["mean"]
-    print(row, flush=True)
-    return row
 
 
 def disturbed(variant: task.Variant, calm: dict[str, Any]) -> dict[str, Any]:

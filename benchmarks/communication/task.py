@@ -51,18 +51,29 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: if there is no such variant.
     """
-    known = [variant.name for variant in VARIANTS]
-    _results.check_names("variant", names, known)
     dense = None
-    for variant in VARIANTS:
-        if names and variant.name not in (known[0], *names):
-            continue
+    for variant in selected(VARIANTS, names):
         row = run(variant)
         dense = dense or row
-        row["times_fewer"] = dense["wire_bytes"] / row["wire_bytes"]
-        row["over_dense"] = None if row["mean"] is None else row["mean"] / dense["mean"]
-        print(row, flush=True)
-        yield row
+        yield beside(row, dense)
+
+
+def selected(variants: Sequence[Variant], names: Sequence[str]) -> list[Variant]:
+    """The baseline, which is the first, and those named; all of them if none is.
+
+    Raises:
+      UserError: if there is no such variant.
+    """
+    _results.check_names("variant", names, [variant.name for variant in variants])
+    return [v for v in variants if not names or v.name in (variants[0].name, *names)]
+
+
+def beside(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """The row with its bytes and its loss against the baseline's; prints it."""
+    row["times_fewer"] = dense["wire_bytes"] / row["wire_bytes"]
+    row["over_dense"] = None if row["mean"] is None else row["mean"] / dense["mean"]
+    print(row, flush=True)
+    return row
 
 
 def kept(rows: list[dict[str, Any]]) -> bool:

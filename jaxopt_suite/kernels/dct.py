@@ -41,7 +41,7 @@ from jaxopt_suite.kernels.chunks import (
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    by_platform,
+    for_tpus,
     interpreter,
     resolve,
     struct_like,
@@ -97,9 +97,7 @@ def dct_top_k(
         )
     plan = _Plan.of(x.shape, sides, k, values)
     kernel, matrices = functools.partial(_call, plan=plan, impl=chosen), x.reshape(plan.shape)
-    interpreted = chosen == "interpret"
-    made = kernel(matrices) if interpreted else by_platform("dct_top_k", matrices, tpu=kernel)
-    found, indices, decoded = made
+    found, indices, decoded = for_tpus("dct_top_k", kernel, chosen, matrices)
     return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded.reshape(x.shape))
 
 

@@ -72,6 +72,18 @@ def by_platform(
     return jax.lax.platform_dependent(*operands, default=elsewhere, **kernels)
 
 
+def for_tpus(what: str, kernel: Callable[..., Any], impl: str, *operands: jax.Array) -> Any:
+    """What a kernel gives that is written for TPUs alone: interpreted, or ``by_platform``.
+
+    Args:
+      what: see ``by_platform``.
+      kernel: takes the operands.
+      impl: as ``resolve`` gives it, not ``"xla"``.
+      *operands: what the kernel takes.
+    """
+    return kernel(*operands) if impl == "interpret" else by_platform(what, *operands, tpu=kernel)
+
+
 def _refuse(context: mlir.LoweringRuleContext, x: Any, *, what: str) -> Any:
     platforms = context.module_context.platforms
     raise NotImplementedError(
@@ -110,6 +122,11 @@ def tpu_parameters(impl: str, *semantics: Any, **others: Any) -> pltpu.CompilerP
     if impl == "interpret":
         return None
     return pltpu.CompilerParams(dimension_semantics=semantics, **others)
+
+
+def without_own(body: Callable[..., None]) -> Callable[..., None]:
+    """The body of a mean with ``None`` in the place of ``own``, its fourth operand."""
+    return lambda owner, messages, scales, *others: body(owner, messages, scales, None, *others)
 
 
 def alike_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -28,6 +28,7 @@ from jaxopt_suite.kernels.implementations import (
     resolve,
     struct_like,
     tpu_parameters,
+    without_own,
 )
 
 _LEVELS = 127.0
@@ -297,7 +298,7 @@ def _mean_view(operands: list[jax.Array], view: _View, impl: str) -> jax.Array:
         _mean_kernel, block=view.block, groups=columns // view.block, workers=workers
     )
     return pl.pallas_call(
-        body if has_own else functools.partial(_without_own, body),
+        body if has_own else without_own(body),
         name="int8_mean",
         grid=(*view.grid, workers),
         in_specs=[
@@ -316,10 +317,6 @@ def _mean_view(operands: list[jax.Array], view: _View, impl: str) -> jax.Array:
         ),
         interpret=interpreter(impl),
     )(*operands)
-
-
-def _without_own(body: Any, owner_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any) -> None:
-    body(owner_ref, codes_ref, scales_ref, None, out_ref)
 
 
 def _mean_kernel(

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
+from jaxopt_suite.kernels.implementations import without_own
 
 BLOCKS = (128, 256)  # a row fills a warp, and the copy engine takes 256 entries of one at most
 _ROWS = 32  # of a tile: their scales are 128 bytes, the least that Mosaic of JAX 0.10.2 copies
@@ -135,7 +136,7 @@ def mean(
     rows, tile = -(-size // block), (_ROWS, block)
     body = functools.partial(_mean_tile, workers=workers)
     mean = plgpu.kernel(
-        body if own else functools.partial(_without_own, body),
+        body if own else without_own(body),
         out_type=jax.ShapeDtypeStruct((rows, block), jnp.float32),
         scratch_types=[plgpu.SMEM(tile, jnp.float32), plgpu.Barrier()],
         grid=(-(-rows // tile[0]),),
@@ -151,10 +152,6 @@ def mean(
     )
     axes = frozenset[str]().union(*map(core.varying_axes, (worker, codes, scales, *own)))
     return core.vary(mean.reshape(-1)[:size].reshape(shape), sorted(axes))
-
-
-def _without_own(body: Any, worker_ref: Any, codes_ref: Any, scales_ref: Any, *others: Any) -> None:
-    body(worker_ref, codes_ref, scales_ref, None, *others)
 
 
 def _mean_tile(

@@ -12,7 +12,6 @@ nothing moves between the lanes of a register.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,11 +23,12 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    by_platform,
+    for_tpus,
     interpreter,
     resolve,
     struct_like,
     tpu_parameters,
+    without_own,
 )
 
 _SLABS = 8
@@ -72,7 +72,7 @@ def sign_encode(
         return sign_encode_definition(x, block, scale)
     view = _View.of(x.shape, block)
     kernel = functools.partial(_encode, view=view, scale=scale, impl=chosen)
-    codes, scales, decoded = _run("sign_encode", kernel, chosen, x.reshape(view.slabs))
+    codes, scales, decoded = for_tpus("sign_encode", kernel, chosen, x.reshape(view.slabs))
     bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     return Signs(bits.reshape(-1), scales.reshape(-1), decoded.reshape(x.shape))
 
@@ -139,11 +139,7 @@ def sign_mean(
     operands = [jnp.reshape(worker, 1), codes, scales.reshape(workers, *view.scales)]
     operands += [] if message is None else [message.reshape(view.slabs)]
     kernel = functools.partial(_mean, view=view, impl=chosen)
-    return _run("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
-
-
-def _run(name: str, kernel: Callable[..., Any], impl: str, *operands: jax.Array) -> Any:
-    return kernel(*operands) if impl == "interpret" else by_platform(name, *operands, tpu=kernel)
+    return for_tpus("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
 
 
 def sign_mean_definition(
@@ -280,7 +276,7 @@ def _mean(*operands: jax.Array, view: _View, impl: str) -> jax.Array:
         _mean_kernel, block=view.block, groups=columns // view.block, workers=workers
     )
     return pl.pallas_call(
-        body if has_own else functools.partial(_without_own, body),
+        body if has_own else without_own(body),
         name="sign_mean",
         grid=(*view.grid, workers),
         in_specs=[
@@ -300,10 +296,6 @@ def _mean(*operands: jax.Array, view: _View, impl: str) -> jax.Array:
         ),
         interpret=interpreter(impl),
     )(*operands)
-
-
-def _without_own(body: Any, owner_ref: Any, codes_ref: Any, scales_ref: Any, out_ref: Any) -> None:
-    body(owner_ref, codes_ref, scales_ref, None, out_ref)
 
 
 def _mean_kernel(

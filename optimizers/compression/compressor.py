@@ -69,6 +69,26 @@ class Compressor:
     decode_mean: Callable[..., jax.Array] | None = None
 
 
+def by_kernels(
+    plain: Compressor,
+    encode_decoded: Callable[[jax.Array, jax.Array], tuple[Any, jax.Array]],
+    decode_mean: Callable[..., jax.Array],
+) -> Compressor:
+    """``plain`` with both of these, and what else it does by them."""
+
+    def decode(payload: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """The mean of one message: nothing is rounded again."""
+        return decode_mean(jax.tree.map(lambda x: x[None], payload), like, None)
+
+    return dataclasses.replace(
+        plain,
+        encode=lambda x, key: encode_decoded(x, key)[0],
+        decode=decode,
+        encode_decoded=encode_decoded,
+        decode_mean=decode_mean,
+    )
+
+
 def identity() -> Compressor:
     """Sends the tensor itself, float32: 4 bytes an entry, δ = 1, ω = 0."""
     return Compressor(

@@ -25,7 +25,7 @@ from jaxopt_suite.optimizers.compression.blocks import (
     from_blocks,
     to_blocks,
 )
-from jaxopt_suite.optimizers.compression.compressor import Bound, Compressor, Shape
+from jaxopt_suite.optimizers.compression.compressor import Bound, Compressor, Shape, by_kernels
 from jaxopt_suite.optimizers.compression.packing import pack, packed_bytes, unpack
 
 
@@ -79,17 +79,7 @@ def _by_kernels(plain: Compressor, block: int, impl: kernels.Impl) -> Compressor
     ) -> jax.Array:
         return kernels.int8_mean(*payloads, like.shape, own=own, block=block, impl=impl)
 
-    def decode(payload: QuantizedPayload, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """The mean of one message: nothing is rounded again."""
-        return decode_mean(jax.tree.map(lambda x: x[None], payload), like, None)
-
-    return dataclasses.replace(
-        plain,
-        encode=lambda x, key: encode_decoded(x, key)[0],
-        decode=decode,
-        encode_decoded=encode_decoded,
-        decode_mean=decode_mean,
-    )
+    return by_kernels(plain, encode_decoded, decode_mean)
 
 
 def int4(block: int | None = 64, *, stochastic: bool = False) -> Compressor:

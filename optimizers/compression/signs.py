@@ -1,6 +1,5 @@
 """One or two bits an entry: signs with a scale, and ternary numbers."""
 
-import dataclasses
 import math
 from typing import Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from jaxopt_suite.optimizers.compression.blocks import (
     from_blocks,
     to_blocks,
 )
-from jaxopt_suite.optimizers.compression.compressor import Compressor, Shape
+from jaxopt_suite.optimizers.compression.compressor import Compressor, Shape, by_kernels
 from jaxopt_suite.optimizers.compression.packing import pack, packed_bytes, unpack
 
 
@@ -112,17 +111,7 @@ def _by_kernels(
         chosen = of(like.shape)
         return kernels.sign_mean(*payloads, like.shape, own=own, block=block, impl=chosen)
 
-    def decode(payload: SignPayload, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """The mean of one message: nothing is rounded again."""
-        return decode_mean(jax.tree.map(lambda x: x[None], payload), like, None)
-
-    return dataclasses.replace(
-        plain,
-        encode=lambda x, key: encode_decoded(x, key)[0],
-        decode=decode,
-        encode_decoded=encode_decoded,
-        decode_mean=decode_mean,
-    )
+    return by_kernels(plain, encode_decoded, decode_mean)
 
 
 def _mean_magnitude(rows: jax.Array, sizes: jax.Array) -> jax.Array:
