@@ -92,11 +92,11 @@ def scale_by_shampoo(
     another, and along the axes that hold copies of it each part is put together from what the
     owners at all copies have: by an all-gather, or by an all-reduce where most slots of that would
     be empty. For a parameter of N entries split over all of D devices that is about N / D entries
-    each way; for one that every device has whole, nothing there, and from N to 2N entries
-    back. The state never moves, nor is a gradient put together anywhere. Buffers have as many cells
-    for every pair of devices as the busiest one needs: small blocks fill them better. A dimension
-    that the mesh cuts into parts with which no divisor near a block's length goes is gathered along
-    its axes. Without ``param_specs``, or where ``stack_multiple`` is no multiple of the devices,
+    each way; for one that every device has whole, nothing there, and from N to 2N entries back. The
+    state never moves, nor is a gradient put together anywhere. Buffers have as many cells for every
+    pair of devices as the busiest one needs: small blocks fill them better. A dimension that the
+    mesh cuts into parts with which no divisor near a block's length goes is gathered along its
+    axes. Without ``param_specs``, or where ``stack_multiple`` is no multiple of the devices,
     cutting is left to the compiler's partitioner, which gathers.
 
     Memory, for an m-by-n matrix with whole blocks of b: 4mn floats of statistics and roots,
