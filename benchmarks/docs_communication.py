@@ -188,10 +188,9 @@ def _outer_task(rows: _Rows) -> str:
 
 
 def _of_every_step(always: list[list[Any]]) -> str:
-    """The collectives in no branch: the metrics' in bytes, all others in number and bytes."""
-    told = [f"metrics, {_size(payload)}" for _, payload, _, metrics in always if metrics]
-    others = [payload * times for _, payload, times, metrics in always if not metrics]
-    return "; ".join(told + ([f"{len(others)} more, {_size(sum(others))}"] if others else []))
+    """The collectives in no branch: their number and bytes."""
+    payloads = [payload * times for _, payload, times in always]
+    return f"{len(payloads)}, {_size(sum(payloads))}" if payloads else "nothing"
 
 
 def _overhead(rows: _Rows) -> str:

@@ -76,16 +76,18 @@ class Placement:
     offload_state: bool
 
     @property
-    def replicated(self) -> NamedSharding | None:
-        """How what is whole on every device lies; None without a mesh."""
-        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-
-    @property
     def one_per_worker(self) -> NamedSharding | None:
         """How one number for each worker lies; None without a mesh or without workers."""
         if self.mesh is None or self.worker_axis is None:
             return None
         return NamedSharding(self.mesh, PartitionSpec(self.worker_axis))
+
+    @property
+    def metrics(self) -> NamedSharding | None:
+        """How what a step reports lies: each worker's where it is, else on every device."""
+        if self.mesh is None or self.worker_axis is not None:
+            return self.one_per_worker
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def layout(self, tx: optax.GradientTransformationExtraArgs, params_like: Any) -> Layout:
         """The layout for one worker's parameters of these shapes and dtypes.

@@ -49,9 +49,9 @@ class StepFunctions:
         one = self._per_worker(
             functools.partial(self._one_worker, layout),
             (layout.axes, 0, *(0 for _ in active)),
-            (layout.axes, None),
+            (layout.axes, 0),
         )
-        shardings = layout.state_shardings, self.placement.replicated
+        shardings = layout.state_shardings, self.placement.metrics
         state, metrics = self._on_mesh(one, shardings)(layout.fetched(state), batch, *active)
         return layout.put_back(state), metrics
 
@@ -112,4 +112,4 @@ class StepFunctions:
             updates, state = apply(self.tx, grads, at, **extra)
             state = state._replace(params=constrain(state.params, layout.param_specs))
         with jax.named_scope("metrics"):
-            return state, measure(loss, grads, updates, axis_name=axis, active=active)
+            return state, measure(loss, grads, updates, active)

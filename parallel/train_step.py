@@ -207,7 +207,7 @@ class TrainStep:
         return jax.jit(
             functools.partial(self._functions.step, layout),
             in_shardings=in_shardings,
-            out_shardings=(layout.state_shardings, self.placement.replicated),
+            out_shardings=(layout.state_shardings, self.placement.metrics),
             donate_argnums=0,
             compiler_options=self._compiler_options(),
         )

@@ -66,7 +66,7 @@ def entry(method: Method, sizes: model.ModelConfig, mesh: Mesh) -> dict[str, Any
 
     Returns:
       per_step: sent, averaged over a round; largest_step: sent in the step that sends the most.
-      always: collectives of every step: kind and dtype, payload, how often, whether the metrics'.
+      always: collectives of every step: kind and dtype, payload, how often.
       parameter_bytes: on one device; arguments: all that the step is given, the batch included;
       peak: that is held at any moment, where the compiler says it.
     """
@@ -80,11 +80,7 @@ def entry(method: Method, sizes: model.ModelConfig, mesh: Mesh) -> dict[str, Any
         raise RuntimeError(f"collectives that run an unknown number of times: {inexact}")
     steps = recipe.steps_per_round(**recipe.hyperparameters() | method.settings)
     sent = wire.traffic(found, steps=steps)
-    always = [
-        [f"{c.kind} {c.dtype}", c.payload, c.times, "metrics" in c.op_name]
-        for c in found
-        if not c.conditional
-    ]
+    always = [[f"{c.kind} {c.dtype}", c.payload, c.times] for c in found if not c.conditional]
     figures = memory.compiler_figures(compiled, mesh.devices.flat[0].platform)
     return {
         "method": method.name,
@@ -122,7 +118,7 @@ def _step(method: Method, sizes: model.ModelConfig, mesh: Mesh) -> tuple[TrainSt
 
 
 def kept(rows: list[dict[str, Any]]) -> bool:
-    """Whether bytes are as few as promised, and nothing but metrics crosses in an inner step.
+    """Whether bytes are as few as promised, and nothing crosses in an inner step.
 
     And whether a device is given no more than parameters, the inner state of two moments, one outer
     copy and one momentum, within 5 % for what is small.
@@ -131,10 +127,7 @@ def kept(rows: list[dict[str, Any]]) -> bool:
         e["times_fewer"] >= 0.99 * e["target"]  # "about"
         and (
             e["target"] == 1
-            or (
-                all(of_metrics for *_, of_metrics in e["always"])
-                and e["arguments"] <= 1.05 * 5 * e["parameter_bytes"]
-            )
+            or (not e["always"] and e["arguments"] <= 1.05 * 5 * e["parameter_bytes"])
         )
         for row in rows
         for e in row["entries"]

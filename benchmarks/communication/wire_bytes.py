@@ -92,7 +92,7 @@ def entry(compressor: Compressor, exchange: str, mesh: Mesh) -> dict[str, Any]:
 
     Returns:
       exchange: the one asked for; ``way``: the one taken for the matrices.
-      sent, closed_form: bytes along the workers' axis, metrics left out; their ratio ``off``.
+      sent, closed_form: bytes along the workers' axis; their ratio ``off``.
       all_reduce: what the same gradients in float32 send, whole.
       times_fewer: ``all_reduce / sent``.
       largest_float: bytes of the largest collective of floats; ``matrix_bytes``: what a device
@@ -141,7 +141,7 @@ def kept(rows: list[dict[str, Any]]) -> bool:
 
 
 def among_workers(tx: optax.GradientTransformation, mesh: Mesh) -> list[wire.Collective]:
-    """What a train step with this optimizer sends along the workers' axis, metrics left out.
+    """What a train step with this optimizer sends along the workers' axis.
 
     Raises:
       RuntimeError: if it cannot be known how often one of them runs.
@@ -158,7 +158,7 @@ def among_workers(tx: optax.GradientTransformation, mesh: Mesh) -> list[wire.Col
     found = [
         c
         for c in wire.collectives(step.lower(params, batch).compile(), mesh)
-        if c.axes and "worker" in c.axes and "metrics" not in c.op_name
+        if c.axes and "worker" in c.axes
     ]
     inexact = [c for c in found if not c.exact]
     if inexact:

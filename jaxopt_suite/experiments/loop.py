@@ -20,6 +20,7 @@ from jaxopt_suite.experiments.peers import Peers
 from jaxopt_suite.experiments.progress import showing
 from jaxopt_suite.experiments.results import Stopped, TrainResult, summarize
 from jaxopt_suite.experiments.signals import StopRequest, signal_name, stop_on_signals
+from jaxopt_suite.experiments.soundness import Lookout, NonFinite
 from jaxopt_suite.experiments.steps import Metrics, Program, TrainState, build_program
 from jaxopt_suite.optimizers.registry import Recipe
 from jaxopt_suite.scaling_laws import read_noise_scale
@@ -80,14 +81,6 @@ def train(
             return trainer.finish(request, (show, *mirrors))
 
 
-class _NonFinite(Exception):
-    """A step whose loss, gradient or update is not finite."""
-
-    def __init__(self, step: int, metrics: Metrics) -> None:
-        super().__init__(step, metrics)
-        self.step, self.metrics = step, metrics
-
-
 class _Stopwatch:
     """Seconds spent training, in total and since the last lap; it only runs when told to."""
 
@@ -130,6 +123,7 @@ class _Trainer:
         self.batches = train_batches(corpus, seed=config.seed, **sizes)
         self.held_out = validation_batches(corpus, batches=config.eval_batches, **sizes)
         self.watch = _Stopwatch()
+        self.lookout = Lookout(peers)
         self.step = 0
         self.logged = 0  # step of the last record
         self.saved: int | None = None  # step of the last checkpoint
@@ -171,7 +165,7 @@ class _Trainer:
             return self._result("finished", f"finished before: {self.step} steps, nothing to do")
         try:
             signum = self._advance(request, tell)
-        except _NonFinite as stop:
+        except NonFinite as stop:
             return self._diverged(stop.step, stop.metrics, tell)
         self._save()
         self.checkpoints.wait()
@@ -189,8 +183,8 @@ class _Trainer:
         Returns the number of the signal that asked for the stop, if one did.
 
         The device is never waited for before it has its next step, except where a record or a
-        checkpoint is due. So a step is found to be non-finite one step late: before anything of it
-        is saved, as both are preceded by a look at the step itself.
+        checkpoint is due. So a step is found to be non-finite late, yet before anything of it is
+        saved, as both are preceded by a look at the step itself.
         """
         if self.step == 0 and self.saved is None:
             self._record(tell)
@@ -198,20 +192,17 @@ class _Trainer:
         signum = self._asked(request)
         while self.step < self.config.steps and signum is None:
             self.watch.run()
-            self.state, metrics = compiled(self.state, next(self.batches))
-            previous, self.metrics = self.metrics, metrics
+            self.state, self.metrics = compiled(self.state, next(self.batches))
             self.step += 1
-            if previous is not None:
-                _check_finite(self.step - 1, previous)
+            self.lookout.add(self.step, self.metrics)
             if self._due():
-                _check_finite(self.step, metrics)
+                self.lookout.settle()
                 self.watch.pause()
                 self._record(tell)
                 if self.config.saves(self.step):
                     self._save()
             signum = self._asked(request)
-        if self.metrics is not None:
-            _check_finite(self.step, self.metrics)
+        self.lookout.settle()
         self.watch.pause()
         return signum
 
@@ -319,11 +310,6 @@ def _check_same(peers: Peers, config: TrainConfig, corpus: Corpus) -> None:
                 f"processes of one run must have the same {name}: process 0 has {first[name]!r}, "
                 f"process {index} has {other[name]!r}"
             )
-
-
-def _check_finite(step: int, metrics: Metrics) -> None:
-    if not metrics.finite:
-        raise _NonFinite(step, metrics)
 
 
 def _check_records(run: RunFolder, config: TrainConfig, step: int) -> None:

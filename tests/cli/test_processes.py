@@ -113,6 +113,15 @@ def test_after_a_kill_one_process_goes_on_with_fewer_workers(options, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_that_is_not_finite_is_found_at_the_next_record_and_ends_both(options, tmp_path):
+    words = [*options, "--log-every", "7", "--learning-rate", "1e35", "--diloco-workers", "4"]
+    (ended,) = run_all([*words, "--processes", "2", "--out", str(tmp_path)])
+    assert ended.status == 3
+    assert ended.err.count("not finite at step 1: loss ") == 1
+    assert [record["step"] for record in RunFolder(tmp_path).read()] == [0, 1]
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_it_at_once_though_the_other_waits_for_it(options, tmp_path):
     first, second = members([*options, "--out", str(tmp_path / "run")])
     with started(first, [*second, "--data", "missing.txt"]) as processes:

@@ -260,7 +260,7 @@ def test_the_program_sends_the_bytes_that_the_documentation_promises():
     one_way = 3 * 128 * -(-sum(p // 8 + 4 for p in pieces) // 128)  # one buffer of whole lines
     assert sent({"all-to-all"}) == one_way
     assert sent({"all-gather"}) == one_way
-    assert sum(c.nbytes for c in crossing if not c.conditional) == 2 * 3 / 4 * 12  # metrics
+    assert all(c.conditional for c in crossing)
 
 
 # Bad input.

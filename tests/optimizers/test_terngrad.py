@@ -139,7 +139,7 @@ def test_beside_a_model_axis_the_program_sends_what_the_documentation_promises()
     lines = lambda size: 128 * -(-size // 128)  # of which the buffers are
     assert sent("all-to-all") == 3 * lines(piece // 4)
     assert sent("all-gather") == 3 * lines(piece // 2)
-    assert sent("all-reduce") == 2 * 3 / 4 * 4 * (2 + 3)  # two scales, three metrics
+    assert sent("all-reduce") == 2 * 3 / 4 * 4 * 2  # two scales
 
 
 def test_bad_arguments_and_an_unbound_axis_are_errors():

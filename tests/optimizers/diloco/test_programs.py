@@ -46,15 +46,13 @@ def compiled(tx, sizes, *, active=False, **options):
 
 
 @pytest.mark.parametrize(("name", "active"), [("diloco", False), ("streaming", True)])
-def test_an_inner_step_sends_nothing_between_workers_but_the_metrics(name, active):
+def test_an_inner_step_sends_nothing_between_workers(name, active):
     specs = {"in": P(None, "model"), "out": P("model", None), "bias": P("model")}
     sizes = {"worker": 4, "model": 2}
     program, mesh = compiled(LOOPS[name](), sizes, active=active, param_specs=specs)
     among = [c for c in wire.collectives(program, mesh) if AXIS in c.axes]
-    always = [c for c in among if not c.conditional]
-    three = 12  # bytes of the metrics; with weights, also how many are there
-    assert [(c.kind, c.payload) for c in always] == [("all-reduce", three + 4 * active)]
-    assert any(c.conditional and c.payload > 1000 for c in among)
+    assert all(c.conditional for c in among)
+    assert any(c.payload > 1000 for c in among)
 
 
 def test_a_synchronisation_sends_the_parameters_once_and_two_numbers():
