@@ -7,7 +7,7 @@ from jaxopt_suite.core.checks import (
     check_number,
     check_real_floating,
 )
-from jaxopt_suite.core.linalg import batch_factorisation
+from jaxopt_suite.core.linalg import batch_factorisation, by_runs
 from jaxopt_suite.core.prng import leaf_keys
 from jaxopt_suite.core.trees import accumulator_dtype, batch_by_shape, map_unzip, tree_bytes
 from jaxopt_suite.core.varying import alike, vary, varying_axes
@@ -17,6 +17,7 @@ __all__ = [
     "alike",
     "batch_by_shape",
     "batch_factorisation",
+    "by_runs",
     "check_choice",
     "check_int",
     "check_learning_rate",

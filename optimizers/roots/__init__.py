@@ -20,6 +20,7 @@ from jaxopt_suite.optimizers.roots.newton import CoupledHigherOrder, CoupledNewt
 from jaxopt_suite.optimizers.roots.newton_db import NewtonDB
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver
 from jaxopt_suite.optimizers.roots.spectral import Eigh
+from jaxopt_suite.optimizers.roots.stack import Damped, Stack, damped
 
 __all__ = [
     "SOLVERS",
@@ -27,6 +28,7 @@ __all__ = [
     "Chebyshev",
     "CoupledHigherOrder",
     "CoupledNewton",
+    "Damped",
     "Damping",
     "Eigenbasis",
     "Eigh",
@@ -36,7 +38,9 @@ __all__ = [
     "RootResult",
     "Solved",
     "Solver",
+    "Stack",
     "check_damping",
+    "damped",
     "eigenbasis",
     "inverse_root",
     "keep_last_good",

@@ -17,7 +17,7 @@ from jaxopt_suite.optimizers.roots.products import (
     symmetric_part,
 )
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver
-from jaxopt_suite.optimizers.roots.stack import Stack, without_padding
+from jaxopt_suite.optimizers.roots.stack import Stack, damped, without_padding
 
 _NODES = 10_000  # as many as DASH has
 
@@ -64,15 +64,16 @@ class Chebyshev(Solver):
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
-        scale = spectral_scale(stack, self.scale)
-        shifted = (2 / scale)[:, None, None] * stack.matrices - identity_like(stack.matrices)
+        ready = damped(stack)
+        scale = spectral_scale(ready, self.scale)
+        shifted = (2 / scale)[:, None, None] * ready.matrices - identity_like(ready.matrices)
         epsilon = 4 / self.degree**2 if self.epsilon is None else self.epsilon
         series = jnp.asarray(coefficients(self.degree, epsilon, order), scale.dtype)
         root = _clenshaw(shifted, series) * (scale ** float(-1 / order))[:, None, None]
         root = without_padding(symmetric_part(root), stack.inside)
-        error = residual(root, stack.matrices, stack.inside, order.numerator, order.denominator)
+        error = residual(root, ready.matrices, ready.inside, order.numerator, order.denominator)
         steps = jnp.full_like(stack.exponent, self.degree)
-        return Solved(root, error, steps)
+        return Solved(root, error, steps, ready.largest)
 
 
 @functools.cache

@@ -24,8 +24,8 @@ class Relative:
     Attributes:
       epsilon: above 0 and at most 1. float32 inverts condition numbers up to about 1e6.
       estimate: ``"power"``: by power iteration, between the largest diagonal entry and the largest
-        eigenvalue. ``"norm"``: the largest sum of magnitudes in a row, an upper bound; Meta's rule
-        in its higher-order solver.
+        eigenvalue; ``Eigh`` takes the eigenvalue itself. ``"norm"``: the largest sum of magnitudes
+        in a row, an upper bound; Meta's rule in its higher-order solver.
     """
 
     epsilon: jax.typing.ArrayLike = 1e-6

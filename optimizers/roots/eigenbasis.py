@@ -79,9 +79,7 @@ def eigenbasis(
             f"previous must have the shape of matrices, {jnp.shape(matrices)}, "
             f"got {jnp.shape(previous)}"
         )
-    clean, finite = cleaned(matrices, inside)
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(clean), axis=(1, 2)))
-    scaled = jnp.ldexp(clean, -exponent[:, None, None])
+    scaled, exponent, finite = cleaned(matrices, inside)
     start = None if previous is None else jnp.asarray(previous, scaled.dtype)
     found = (
         _decomposed(scaled, inside, start)

@@ -32,7 +32,8 @@ class RootResult(NamedTuple):
     error: jax.Array  # same dtype [k]: residual without a unit; inf where there is no number
     ok: jax.Array  # bool [k]: the input and the root are finite, and the residual is small
     iterations: jax.Array  # int32 [k]: steps of the solver; 0 for Eigh
-    largest: jax.Array  # same dtype [k]: estimate of the largest eigenvalue, for the logs
+    largest: jax.Array  # same dtype [k]: the largest eigenvalue, with Eigh; else an estimate
+    finite: jax.Array  # bool [k]: whether the input is
 
 
 def inverse_root(
@@ -60,7 +61,7 @@ def inverse_root(
 
     | solver | orders | products of b-by-b matrices |
     |---|---|---|
-    | ``Eigh`` | any | a decomposition, and 3 |
+    | ``Eigh`` | any | a decomposition, and 1 |
     | ``CoupledNewton`` | integers | 4 a step at p = 4, 3 at 2; then 3 |
     | ``CoupledHigherOrder`` | any | 1 a step more at its order of 3 |
     | ``NewtonDB`` | 2, 4, 8, ... | 3 a step, in log2(p) stages; then 3 |
@@ -95,7 +96,8 @@ def inverse_root(
         error=jnp.where(there, solved.error, jnp.inf),
         ok=there & (solved.error <= solver.max_residual),
         iterations=solved.iterations,
-        largest=jnp.ldexp(stack.largest, stack.exponent),
+        largest=jnp.ldexp(solved.largest, stack.exponent),
+        finite=stack.finite,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxopt_suite import core
 from jaxopt_suite.optimizers.roots.products import frobenius
-from jaxopt_suite.optimizers.roots.stack import Stack
+from jaxopt_suite.optimizers.roots.stack import Damped
 
 ScaleName = Literal["frobenius", "power"]
 SCALES = ("frobenius", "power")
@@ -94,7 +94,7 @@ def _counts(like: jax.Array, value: int) -> jax.Array:
     return core.vary(jnp.full(like.shape, value, jnp.int32), tuple(core.varying_axes(like)))
 
 
-def spectral_scale(stack: Stack, name: ScaleName) -> jax.Array:
+def spectral_scale(stack: Damped, name: ScaleName) -> jax.Array:
     """What the damped matrices are divided by, ``[k]``, so that their spectrum is at most one.
 
     ``"frobenius"`` is never below the largest eigenvalue, and above it by the root of the rank at

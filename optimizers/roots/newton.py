@@ -26,7 +26,7 @@ from jaxopt_suite.optimizers.roots.products import (
     symmetric_part,
 )
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver, check_whole
-from jaxopt_suite.optimizers.roots.stack import Stack, fill_padding
+from jaxopt_suite.optimizers.roots.stack import Damped, Stack, damped, fill_padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,11 @@ class CoupledNewton(Solver):
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
-        p = order.numerator
-        z = (p + 1) / (2 * spectral_scale(stack, self.scale))
-        x, m = _begin(stack, z, p)
+        p, ready = order.numerator, damped(stack)
+        z = (p + 1) / (2 * spectral_scale(ready, self.scale))
+        x, m = _begin(ready, z, p)
         done = _iterate(x, m, p, 2, self.max_iterations, self.tolerance)
-        return _finish(stack, done, order)
+        return _finish(ready, done, order)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,15 +116,15 @@ class CoupledHigherOrder(Solver):
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
-        p = order.numerator
-        trace = jnp.trace(stack.matrices, axis1=1, axis2=2)
+        p, ready = order.numerator, damped(stack)
+        trace = jnp.trace(ready.matrices, axis1=1, axis2=2)
         z = 1 / jnp.maximum(trace, jnp.finfo(trace.dtype).tiny ** 0.5)
-        x, m = _step(_begin(stack, z, p), p, 2)
+        x, m = _step(_begin(ready, z, p), p, 2)
         done = _iterate(x, m, p, self.order, self.max_iterations - 1, self.tolerance)
-        return _finish(stack, done._replace(iterations=done.iterations + 1), order)
+        return _finish(ready, done._replace(iterations=done.iterations + 1), order)
 
 
-def _begin(stack: Stack, z: jax.Array, p: int) -> Values:
+def _begin(stack: Damped, z: jax.Array, p: int) -> Values:
     """X and M to begin with; in the padding M is the identity, and stays it."""
     filled = fill_padding(stack.matrices, stack.inside, 1 / z)
     start = identity_like(filled) * (z ** (1 / p))[:, None, None]
@@ -162,8 +162,8 @@ def _iterate(
     )
 
 
-def _finish(stack: Stack, done: Iterated, order: Fraction) -> Solved:
+def _finish(stack: Damped, done: Iterated, order: Fraction) -> Solved:
     """Residual of the root of the numerator's order, and its power."""
     root = symmetric_part(done.values[0])
     error = residual(root, stack.matrices, stack.inside, order.numerator)
-    return Solved(power(root, order.denominator), error, done.iterations)
+    return Solved(power(root, order.denominator), error, done.iterations, stack.largest)

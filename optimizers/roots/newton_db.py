@@ -24,7 +24,7 @@ from jaxopt_suite.optimizers.roots.products import (
     symmetric_part,
 )
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver
-from jaxopt_suite.optimizers.roots.stack import Stack, fill_padding
+from jaxopt_suite.optimizers.roots.stack import Stack, damped, fill_padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,15 +76,16 @@ class NewtonDB(Solver):
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
-        scale = spectral_scale(stack, self.scale)
-        matrices = fill_padding(stack.matrices, stack.inside, scale)
+        ready = damped(stack)
+        scale = spectral_scale(ready, self.scale)
+        matrices = fill_padding(ready.matrices, ready.inside, scale)
         iterations = jnp.zeros((), jnp.int32)
         for _ in range(order.numerator.bit_length() - 2):
             matrices, _, turns = self._stage(matrices, scale)
             scale, iterations = jnp.sqrt(scale), iterations + turns
         _, root, turns = self._stage(matrices, scale)
-        error = residual(root, stack.matrices, stack.inside, order.numerator)
-        return Solved(root, error, iterations + turns)
+        error = residual(root, ready.matrices, ready.inside, order.numerator)
+        return Solved(root, error, iterations + turns, ready.largest)
 
     def _stage(
         self, matrices: jax.Array, scale: jax.Array

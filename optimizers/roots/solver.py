@@ -17,6 +17,7 @@ class Solved(NamedTuple):
     root: jax.Array  # [k, b, b]: of the scaled matrices; whatever it likes in the padding
     error: jax.Array  # [k]: residual without a unit, 0 for an exact root
     iterations: jax.Array  # int32 [k]
+    largest: jax.Array  # [k]: the largest eigenvalue or an estimate, scaled, before damping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Solver:
         """Inverse roots of the stack's matrices.
 
         Args:
-          stack: damped and scaled.
+          stack: scaled, and still to be damped.
           order: p, for the exponent -1/p.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it solves")

@@ -13,6 +13,8 @@ from jaxopt_suite.optimizers.roots.products import product
 from jaxopt_suite.optimizers.roots.solver import Solved, Solver
 from jaxopt_suite.optimizers.roots.stack import Stack, fill_padding, without_padding
 
+_COLUMNS = 16  # as many as a tile of a matrix unit takes for the price of one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eigh(Solver):
@@ -26,7 +28,8 @@ class Eigh(Solver):
 
     The residual is that of the decomposition, $\max_{ij} |Q^T A Q - \mathrm{diag}(\lambda)|_{ij} /
     \sqrt{\mu_i \mu_j}$ with the eigenvalues µ of which the root was taken: that of $X^p A - I$ but
-    for what ``negative`` changed on purpose.
+    for what ``negative`` changed on purpose. Of more than 16 columns j, 16 are looked at: those of
+    the 8 least eigenvalues, where rounding counts most, and 8 spread over the others.
 
     Attributes:
       negative: what becomes of eigenvalues of the damped matrix that are below what was added, as
@@ -47,24 +50,26 @@ class Eigh(Solver):
 
     def solve(self, stack: Stack, order: Fraction) -> Solved:
         """See ``Solver.solve``."""
-        values, vectors = decompose(stack.matrices, stack.inside)
-        used, kept = self._corrected(values, stack)
+        values, vectors = _ascending(stack.matrices, stack.inside)
+        largest = jnp.max(jnp.where(stack.inside, values, 0), axis=1)
+        used, kept = self._corrected(values, stack, largest)
         weights = jnp.where(kept, jnp.where(kept, used, 1) ** float(-1 / order), 0)
         root = product(vectors * weights[:, None, :], jnp.swapaxes(vectors, 1, 2))
-        root = without_padding(root, stack.inside)
-        error = _residual(stack.matrices, vectors, values, used, kept)
-        return Solved(root, error, jnp.zeros_like(stack.exponent))
+        error = _residual(stack.matrices, vectors, values, jnp.where(kept, used, jnp.inf))
+        return Solved(root, error, jnp.zeros_like(stack.exponent), largest)
 
-    def _corrected(self, values: jax.Array, stack: Stack) -> tuple[jax.Array, jax.Array]:
+    def _corrected(
+        self, values: jax.Array, stack: Stack, largest: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """The eigenvalues to take roots of, and which directions have one."""
-        inside = stack.inside  # the padding's eigenvalues come last, as its rows do
-        if stack.cutoff is not None:
-            return values, inside & (values > stack.cutoff[:, None])
-        ridge = stack.ridge[:, None]
+        inside, cutoff = stack.inside, stack.cutoff(largest)
+        if cutoff is not None:
+            return values, inside & (values > cutoff[:, None])
+        ridge = stack.ridge(largest)[:, None]
         if self.negative == "clip":
-            return jnp.maximum(values, ridge), inside
-        least = jnp.min(jnp.where(inside, values, jnp.inf), axis=1, keepdims=True)
-        return jnp.where(least < ridge, values - least + ridge, values), inside
+            return jnp.maximum(values, 0) + ridge, inside
+        least = jnp.min(jnp.where(inside, values, 0), axis=1, keepdims=True, initial=0)
+        return values - least + ridge, inside
 
 
 def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -76,14 +81,19 @@ def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Ar
       matrices: ``[k, b, b]``, symmetric, entries of order one at most, zero in the padding.
       inside: bool ``[k, b]``, which rows are not padding.
     """
-    below = -1 - jnp.max(jnp.sum(jnp.abs(matrices), axis=2), axis=1)
-    filled = fill_padding(matrices, inside, below)
+    values, vectors = _ascending(-matrices, inside)
+    vectors = without_padding(vectors, inside)
+    return -values, fill_padding(vectors, inside, jnp.ones_like(values[:, 0]))
+
+
+def _ascending(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues in ascending order and eigenvectors; the padding comes last, as its rows do."""
+    above = 1 + jnp.max(jnp.sum(jnp.abs(matrices), axis=2), axis=1)
     eigh = core.batch_factorisation(
         lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), tpu=_jacobi
     )
-    values, vectors = eigh(filled)
-    vectors = without_padding(vectors[:, :, ::-1], inside)
-    return values[:, ::-1], fill_padding(vectors, inside, jnp.ones_like(below))
+    values, vectors = eigh(fill_padding(matrices, inside, above))
+    return values, vectors
 
 
 def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,11 +108,21 @@ def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _residual(
-    matrices: jax.Array, vectors: jax.Array, values: jax.Array, used: jax.Array, kept: jax.Array
+    matrices: jax.Array, vectors: jax.Array, values: jax.Array, used: jax.Array
 ) -> jax.Array:
-    """The part of ``Q^T A Q`` that the eigenvalues do not explain, in the scale of the root."""
-    used = jnp.where(kept, used, jnp.inf)
-    scaled = vectors * jax.lax.rsqrt(used)[:, None, :]
-    found = product(jnp.swapaxes(scaled, 1, 2), matrices, scaled)
-    explained = jnp.eye(values.shape[1], dtype=values.dtype)[None] * (values / used)[:, None, :]
+    """What of some columns of ``Q^T A Q`` the eigenvalues do not explain, in the root's scale."""
+    weights = jax.lax.rsqrt(used)
+    rows = jnp.swapaxes(_looked_at(vectors) * _looked_at(weights)[:, None, :], 1, 2)
+    found = product(rows, matrices, vectors) * weights[:, None, :]
+    identity = jnp.eye(values.shape[1], dtype=values.dtype)
+    explained = _looked_at(identity).T[None] * (values / used)[:, None, :]
     return jnp.max(jnp.abs(found - explained), axis=(1, 2))
+
+
+def _looked_at(columns: jax.Array) -> jax.Array:
+    """Those, of columns in ascending order of the eigenvalues, where a residual shows."""
+    b, half = columns.shape[-1], _COLUMNS // 2
+    if b <= _COLUMNS:
+        return columns
+    others = columns[..., half :: (b - half) // half][..., :half]
+    return jnp.concatenate([columns[..., :half], others], axis=-1)

@@ -1,4 +1,4 @@
-"""A stack of matrices made ready for a solver: clean, of one scale, damped; and the way back."""
+"""A stack of matrices made ready for a solver: clean and of one scale; and the way back."""
 
 from fractions import Fraction
 from typing import NamedTuple
@@ -20,43 +20,67 @@ class Stack(NamedTuple):
     squares of 1e30 nor those of 1e-30 leave the range of float32 on the way.
     """
 
-    matrices: jax.Array  # [k, b, b]: symmetric, scaled and damped; zero in the padding
+    matrices: jax.Array  # [k, b, b]: symmetric and scaled; zero in the padding
     inside: jax.Array  # bool [k, b]: rows that are not padding
     exponent: jax.Array  # int32 [k]: the matrix was divided by 2**exponent
+    finite: jax.Array  # bool [k]: whether the matrix was; one that was not is zeros here
+    damping: Damping  # of the matrices before they were scaled
+
+    def ridge(self, largest: jax.Array) -> jax.Array:
+        """What is to be added to the scaled diagonal ``[k]``, given the largest eigenvalues."""
+        if isinstance(self.damping, PseudoInverse):
+            return jnp.zeros_like(largest)
+        epsilon = jnp.asarray(self.damping.epsilon, largest.dtype)
+        if isinstance(self.damping, Absolute):
+            return jnp.ldexp(epsilon, -self.exponent)
+        if self.damping.estimate == "norm":
+            largest = estimates.largest_row_sum(self.matrices)
+        least = jnp.ldexp(jnp.asarray(LEAST_SCALE, largest.dtype), -self.exponent)
+        return epsilon * jnp.maximum(largest, least)
+
+    def cutoff(self, largest: jax.Array) -> jax.Array | None:
+        """Up to where a pseudo-inverse takes eigenvalues for zero, scaled ``[k]``."""
+        if not isinstance(self.damping, PseudoInverse):
+            return None
+        dtype = largest.dtype
+        if self.damping.rtol is None:
+            rtol = jnp.sum(self.inside, axis=1).astype(dtype) * jnp.finfo(dtype).eps
+        else:
+            rtol = jnp.asarray(self.damping.rtol, dtype)
+        atol = jnp.ldexp(jnp.asarray(self.damping.atol, dtype), -self.exponent)
+        return jnp.maximum(rtol * largest, atol)
+
+
+class Damped(NamedTuple):
+    """A stack for solvers that do not see eigenvalues."""
+
+    matrices: jax.Array  # [k, b, b]: scaled and damped; zero in the padding
+    inside: jax.Array  # bool [k, b]
     largest: jax.Array  # [k]: power iteration's estimate, scaled, before damping
     ridge: jax.Array  # [k]: what was added to the diagonal, scaled
-    cutoff: jax.Array | None  # [k]: of a pseudo-inverse, scaled
-    finite: jax.Array  # bool [k]: whether the matrix was; one that was not is zeros here
 
 
 def make_stack(matrices: jax.Array, damping: Damping, sizes: jax.Array | None) -> Stack:
-    """Checks, cleans, scales and damps.
+    """Checks, cleans and scales.
 
     Args:
       matrices: ``[k, b, b]``; the symmetric part counts.
-      damping: what to add.
+      damping: what a solver is to add.
       sizes: int32 ``[k]``, from 0 to b: of each matrix only the leading block of this size is
         read. ``None``: all of it.
     """
     inside = inside_of(matrices, sizes)
-    clean, finite = cleaned(matrices, inside)
     least = damping.epsilon if isinstance(damping, Absolute) else 0.0
-    least = jnp.maximum(jnp.asarray(least, clean.dtype), LEAST_SCALE)
-    entry = jnp.max(jnp.abs(clean), axis=(1, 2))
-    _, exponent = jnp.frexp(jnp.maximum(entry, least))
-    scaled = jnp.ldexp(clean, -exponent[:, None, None])
-    largest = estimates.power_iteration(scaled, inside)
-    ridge = _ridge(damping, scaled, largest, exponent)
-    diagonal = ridge[:, None] * inside
-    return Stack(
-        matrices=add_to_diagonal(scaled, diagonal),
-        inside=inside,
-        exponent=exponent,
-        largest=largest,
-        ridge=ridge,
-        cutoff=_cutoff(damping, inside, largest, exponent),
-        finite=finite,
-    )
+    scaled, exponent, finite = cleaned(matrices, inside, jnp.maximum(least, LEAST_SCALE))
+    return Stack(scaled, inside, exponent, finite, damping)
+
+
+def damped(stack: Stack) -> Damped:
+    """With what is to be added to the diagonal, as power iteration finds it."""
+    largest = estimates.power_iteration(stack.matrices, stack.inside)
+    ridge = stack.ridge(largest)
+    matrices = add_to_diagonal(stack.matrices, ridge[:, None] * stack.inside)
+    return Damped(matrices, stack.inside, largest, ridge)
 
 
 def inside_of(matrices: jax.Array, sizes: jax.Array | None) -> jax.Array:
@@ -83,17 +107,39 @@ def _check_range(sizes: np.ndarray, b: int) -> None:
         raise ValueError(f"sizes must be from 0 to {b}, the size of the blocks, got {wrong[0]}")
 
 
-def cleaned(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric, at least float32, zero in the padding and where a matrix is not finite.
+def cleaned(
+    matrices: jax.Array, inside: jax.Array, least: jax.typing.ArrayLike = 0.0
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Symmetric, float32 at least, of one scale; zero in the padding and where not finite.
+
+    Args:
+      matrices: ``[k, b, b]``.
+      inside: bool ``[k, b]``.
+      least: the largest entry counts as at least this.
 
     Returns:
-      The matrices ``[k, b, b]``, and which were finite, bool ``[k]``.
+      The matrices ``[k, b, b]``, divided by a power of two that brings their entries below one; its
+      exponent, int32 ``[k]``; and which were finite, bool ``[k]``.
     """
     matrices = jnp.asarray(matrices)
     wide = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
-    masked = jnp.where(inside[:, :, None] & inside[:, None, :], wide, 0)
+    masked = without_padding(wide, inside)
     finite = jnp.all(jnp.isfinite(masked), axis=(1, 2))
-    return symmetric_part(jnp.where(finite[:, None, None], masked, 0)), finite
+    clean = jnp.where(finite[:, None, None], masked, 0)
+    entry = jnp.max(jnp.abs(clean), axis=(1, 2))
+    _, exponent = jnp.frexp(jnp.maximum(entry, jnp.asarray(least, entry.dtype)))
+    return symmetric_part(times_power_of_two(clean, -exponent)), exponent, finite
+
+
+def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``x [k, b, b]`` times ``2**exponent [k]``: exact, and as fast as a multiplication.
+
+    In two halves, as the power itself may leave the range of the dtype where the result does not.
+    """
+    half = exponent // 2
+    for part in (half, exponent - half):
+        x = x * jnp.ldexp(jnp.ones((), x.dtype), part)[:, None, None]
+    return x
 
 
 def add_to_diagonal(matrices: jax.Array, values: jax.Array) -> jax.Array:
@@ -111,34 +157,9 @@ def without_padding(matrices: jax.Array, inside: jax.Array) -> jax.Array:
     return jnp.where(inside[:, :, None] & inside[:, None, :], matrices, 0)
 
 
-def _ridge(
-    damping: Damping, scaled: jax.Array, largest: jax.Array, exponent: jax.Array
-) -> jax.Array:
-    if isinstance(damping, PseudoInverse):
-        return jnp.zeros_like(largest)
-    epsilon = jnp.asarray(damping.epsilon, scaled.dtype)
-    if isinstance(damping, Absolute):
-        return jnp.ldexp(epsilon, -exponent)
-    scale = largest if damping.estimate == "power" else estimates.largest_row_sum(scaled)
-    least = jnp.ldexp(jnp.asarray(LEAST_SCALE, scaled.dtype), -exponent)
-    return epsilon * jnp.maximum(scale, least)
-
-
-def _cutoff(
-    damping: Damping, inside: jax.Array, largest: jax.Array, exponent: jax.Array
-) -> jax.Array | None:
-    if not isinstance(damping, PseudoInverse):
-        return None
-    dtype = largest.dtype
-    rtol = jnp.asarray(0.0 if damping.rtol is None else damping.rtol, dtype)
-    if damping.rtol is None:
-        rtol = jnp.sum(inside, axis=1).astype(dtype) * jnp.finfo(dtype).eps
-    return jnp.maximum(rtol * largest, jnp.ldexp(jnp.asarray(damping.atol, dtype), -exponent))
-
-
 def unscaled(roots: jax.Array, exponent: jax.Array, order: Fraction) -> jax.Array:
     """Roots of the matrices as they were: times ``2**(-exponent / order)``, to one rounding."""
     quotient, rest = jnp.divmod(-exponent * order.denominator, order.numerator)
     table = 2.0 ** (np.arange(order.numerator) / order.numerator)
     factor = jnp.asarray(table, roots.dtype)[rest]
-    return jnp.ldexp(roots * factor[:, None, None], quotient[:, None, None])
+    return times_power_of_two(roots * factor[:, None, None], quotient)

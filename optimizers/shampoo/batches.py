@@ -1,10 +1,13 @@
 """Work on many stacks of matrices at once: those of one size, of whatever block, are one batch."""
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxopt_suite import core
 
 Place = tuple[str, int]  # the name of a stack of blocks, and one of its modes
 
@@ -16,8 +19,11 @@ def in_batches(
 ) -> dict[Place, Any]:
     """Calls ``work`` once for all places whose arrays have the same shapes but for their rows.
 
+    On a CPU a loop calls it, for some of the rows at a time.
+
     Args:
-      work: ``(kind, *arrays) -> pytree of arrays``, all with a leading axis of rows.
+      work: ``(kind, *arrays) -> pytree of arrays``, all with a leading axis of rows; each row of
+        the result is made of that row of the arrays.
       arrays: for each place as many arrays ``[rows, ...]`` as ``work`` takes.
       kind: places of different kinds are not put together.
 
@@ -31,7 +37,8 @@ def in_batches(
     result: dict[Place, Any] = {}
     for (of_kind, _), places in batches.items():
         together = zip(*(arrays[place] for place in places), strict=True)
-        done = work(of_kind, *(jnp.concatenate(column) for column in together))
+        run = core.by_runs(functools.partial(work, of_kind))
+        done = run(*(jnp.concatenate(column) for column in together))
         start = 0
         for place in places:
             stop = start + len(arrays[place][0])

@@ -198,7 +198,7 @@ def usable(gradients: Stacks) -> tuple[Stacks, dict[str, jax.Array]]:
     return {name: where_rows(good[name], g, 0) for name, g in gradients.items()}, good
 
 
-def where_rows(rows: jax.Array, x: jax.Array, other: float) -> jax.Array:
+def where_rows(rows: jax.Array, x: jax.Array, other: jax.typing.ArrayLike) -> jax.Array:
     """``x`` in the rows that are true, bool ``[rows]``, and ``other`` elsewhere."""
     return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, other)
 

@@ -117,12 +117,10 @@ class Kronecker:
         statistic = statistic / self._correction(weights).astype(statistic.dtype)[:, None, None]
         found = roots.inverse_root(statistic, order, solver=self.solver, damping=self.damping)
         new, failures = roots.keep_last_good(found, in_use, failures)
-        seen = jnp.any(factors != 0, axis=(1, 2))
-        finite = jnp.all(jnp.isfinite(factors), axis=(1, 2))
         return (
-            where_rows(finite, factors, 0),
-            where_rows(finite, weights, 0),
-            jnp.where(seen[:, None, None], new, in_use),
+            where_rows(found.finite, factors, 0),
+            where_rows(found.finite, weights, 0),
+            where_rows(found.largest > 0, new, in_use),
             failures,
         )
 

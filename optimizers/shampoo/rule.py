@@ -1,6 +1,7 @@
 """Shampoo: gradients preconditioned along every mode by a root of that mode's statistic."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ class Shampoo:
         }
         refresh = self.refresh.for_part(site.devices)
         parts = refresh.run(self.preconditioner.refresh, parts, count)
-        mu, mean = self._mean(state.mu, gradients, count)
+        mu, mean = self._mean(state.mu, gradients)
         nu = self._moment(state.nu, gradients)
         directions = self._directions(parts, mean, nu, site, count)
         trace, directions = self._with_momentum(state.trace, directions)
@@ -100,18 +101,12 @@ class Shampoo:
         skipped = {name: n + ~in_use[name][:, None] for name, n in state.skipped.items()}
         return directions, ScaleByShampooState(count, mu, trace, nu, parts, skipped)
 
-    def _mean(
-        self, mu: Stacks | None, gradients: Stacks, count: jax.Array
-    ) -> tuple[Stacks | None, Stacks]:
+    def _mean(self, mu: Stacks | None, gradients: Stacks) -> tuple[Stacks | None, Stacks]:
         """The new mean of the gradients, as it is stored and as it is used."""
         if mu is None:
             return None, gradients
         new = {name: _common.update_mean(mu[name], g, self.b1) for name, g in gradients.items()}
-        stored = {name: x.astype(mu[name].dtype) for name, x in new.items()}
-        if not self.preconditioner.bias_correction:
-            return stored, new
-        correction = _common.bias_correction(self.b1, count)
-        return stored, {name: x / correction.astype(x.dtype) for name, x in new.items()}
+        return {name: x.astype(mu[name].dtype) for name, x in new.items()}, new
 
     def _moment(self, nu: Stacks | None, gradients: Stacks) -> Stacks | None:
         if nu is None:
@@ -127,18 +122,44 @@ class Shampoo:
         site: stacked.Site,
         count: jax.Array,
     ) -> Stacks:
-        """Preconditioned, with the grafted method's lengths; before the start that method's."""
-        grafted = {
-            name: grafting.direction(
-                self.graft, x, nu[name] if nu else None, self.graft_b2, self.graft_eps, count
-            )
-            for name, x in mean.items()
-        }
-        found = {name: self.preconditioner.apply(parts[name], x) for name, x in mean.items()}
-        if self.graft != "none":
-            found = grafting.rescaled(found, grafted, site, self.graft_scope)
-        started = count >= self.refresh.start
-        return {name: jnp.where(started, x, grafted[name]) for name, x in found.items()}
+        """Preconditioned, with the grafted method's lengths; before the start that method's.
+
+        One or the other: what is not used is not computed. And a mean is corrected for its bias
+        only in what is made of it, so that no corrected one is written down.
+        """
+        corrected = self._corrector(count)
+
+        def grafted() -> Stacks:
+            return {
+                name: grafting.direction(
+                    self.graft,
+                    corrected(x),
+                    nu[name] if nu else None,
+                    self.graft_b2,
+                    self.graft_eps,
+                    count,
+                )
+                for name, x in mean.items()
+            }
+
+        def preconditioned() -> Stacks:
+            found = {
+                name: corrected(self.preconditioner.apply(parts[name], x))
+                for name, x in mean.items()
+            }
+            if self.graft == "none":
+                return found
+            return grafting.rescaled(found, grafted(), site, self.graft_scope)
+
+        branches = core.alike([preconditioned, grafted])
+        return jax.lax.cond(count >= self.refresh.start, *branches)
+
+    def _corrector(self, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Divides the mean of gradients, or what is linear in it, by the sum of its weights."""
+        if is_zero(self.b1) or not self.preconditioner.bias_correction:
+            return lambda x: x
+        correction = _common.bias_correction(self.b1, count)
+        return lambda x: x / correction.astype(x.dtype)
 
     def _with_momentum(
         self, trace: Stacks | None, directions: Stacks

@@ -57,3 +57,9 @@ def run(tx, gradients, *, params=None, each=None):
 def relative_difference(found, expected):
     """The largest difference over the largest magnitude."""
     return np.max(np.abs(found - expected)) / np.max(np.abs(expected))
+
+
+def lowered(tx, params, platform):
+    """An update lowered for a platform, which need not be there, as text."""
+    traced = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    return traced.lower(lowering_platforms=(platform,)).as_text()

@@ -295,6 +295,7 @@ def test_a_failed_root_keeps_the_last_good_one_and_is_counted():
         ok=jnp.array([True, False, False]),
         iterations=jnp.zeros(3, jnp.int32),
         largest=jnp.ones(3),
+        finite=jnp.ones(3, bool),
     )
     previous = 7 * jnp.ones((3, 2, 2))
     kept, failures = roots.keep_last_good(result, previous, jnp.array([4, 0, 2], jnp.int32))

@@ -236,9 +236,11 @@ def test_solvers_compare_by_value_and_are_traced_once():
 def test_a_solver_of_ones_own_is_taken():
     class Diagonal(roots.Solver):
         def solve(self, stack, order):
-            values = jnp.diagonal(stack.matrices, axis1=1, axis2=2) ** (-1 / float(order))
+            damped = roots.damped(stack)
+            values = jnp.diagonal(damped.matrices, axis1=1, axis2=2) ** (-1 / float(order))
             root = jnp.eye(values.shape[1])[None] * values[:, None, :]
-            return roots.Solved(root, jnp.zeros(len(values)), jnp.zeros(len(values), jnp.int32))
+            steps = jnp.zeros(len(values), jnp.int32)
+            return roots.Solved(root, jnp.zeros(len(values)), steps, damped.largest)
 
     found = roots.inverse_root(np.diag([4.0, 9.0])[None].astype(np.float32), 2, solver=Diagonal())
     np.testing.assert_allclose(found.root[0], np.diag([1 / 2, 1 / 3]), rtol=1e-5)

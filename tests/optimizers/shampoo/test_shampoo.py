@@ -1,7 +1,6 @@
 """Shampoo: its statistics and roots by hand, what it must equal, what must change nothing."""
 
 import itertools
-import re
 from fractions import Fraction
 
 import jax
@@ -253,16 +252,17 @@ def test_the_recipe_adds_decoupled_decay_and_the_rate():
     tx = shampoo(optax.constant_schedule(0.1), weight_decay=0.5, mask=mask, refresh_every=2)
     found, _ = modes.run(tx, gradients, params=params)
     for one, u in zip(found, rule, strict=True):
-        np.testing.assert_allclose(one["w"], -0.1 * (u["w"] + 0.5 * params["w"]), rtol=1e-5)
-        np.testing.assert_allclose(one["v"], -0.1 * u["v"], rtol=1e-5)
+        # Two programs, and roots in float32 of statistics whose condition is up to 1e3.
+        np.testing.assert_allclose(one["w"], -0.1 * (u["w"] + 0.5 * params["w"]), rtol=1e-3)
+        np.testing.assert_allclose(one["v"], -0.1 * u["v"], rtol=1e-3)
 
 
 def test_the_program_grows_with_block_shapes_and_not_with_leaves():
     def operations(leaves):
         params = {f"w{i}": jnp.zeros((8, 4)) for i in range(leaves)}
         tx = scale_by_shampoo(block_size=4)
-        text = str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
-        return [len(re.findall(rf"= {name}\[", text)) for name in ("eigh", "dot_general", "cond")]
+        text = modes.lowered(tx, params, "tpu")
+        return [text.count(name) for name in ("@Eigh", "stablehlo.dot_general", "stablehlo.case")]
 
     few = operations(2)
     assert few == operations(9)
@@ -272,6 +272,5 @@ def test_the_program_grows_with_block_shapes_and_not_with_leaves():
 def test_all_blocks_of_one_size_have_their_roots_taken_at_once():
     params = {f"w{i}": jnp.zeros((4, n)) for i, n in enumerate((4, 4, 3, 2))}
     tx = scale_by_shampoo(merge_dims=False, solver="newton_db")
-    text = str(jax.make_jaxpr(tx.update)(params, tx.init(params)))
-    # Sizes 4, 3 and 2: a loop for each of the two stages of a fourth root.
-    assert len(re.findall(r"= while\[", text)) == 6
+    # Sizes 4, 3 and 2: a loop for each of the two stages of a fourth root, and power iteration's.
+    assert modes.lowered(tx, params, "tpu").count("stablehlo.while") == 9
