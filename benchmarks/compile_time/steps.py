@@ -62,8 +62,8 @@ def by_hand(task: Task, graphdef: Any, params: Any) -> Callable[[], jax.stages.L
     def step(params: Any, state: Any, tokens: jax.Array) -> tuple[Any, Any, Any]:
         loss, grads = jax.value_and_grad(functools.partial(model.loss_fn, graphdef))(params, tokens)
         updates, state = tx.update(grads, state, params)
-        norms = optax.tree.norm(grads), optax.tree.norm(updates)
-        metrics = loss, *norms, jnp.isfinite(loss + norms[0] + norms[1])
+        squares = (optax.tree.norm(tree, squared=True) for tree in (grads, updates))
+        metrics = jnp.stack([loss, *squares, jnp.ones_like(loss)])
         return optax.apply_updates(params, updates), state, metrics
 
     def lower() -> jax.stages.Lowered:
