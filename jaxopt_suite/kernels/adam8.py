@@ -23,7 +23,7 @@ from jaxopt_suite.kernels import dynamic8
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    for_tpus,
+    by_kernel,
     interpreter,
     resolve,
     struct_like,
@@ -124,7 +124,7 @@ def adam8_update(
     # XLA keeps an array of few columns the other way round: of the scales nothing is moved.
     operands = alike_varying(numbers, g, mu, mu_scales.T, nu, nu_scales.T)
     kernel = functools.partial(_call, block=min(block, columns), impl=chosen)
-    found = for_tpus("adam8_update", kernel, chosen, *operands)
+    found = by_kernel("adam8_update", kernel, chosen, *operands)
     u, mu, mu_scales, nu, nu_scales = found
     new = mu, mu_scales.T, nu, nu_scales.T
     shaped = [x.reshape(old.shape) for x, old in zip(new, moments, strict=True)]

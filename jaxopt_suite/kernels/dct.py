@@ -41,7 +41,7 @@ from jaxopt_suite.kernels.chunks import (
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    for_tpus,
+    by_kernel,
     interpreter,
     resolve,
     struct_like,
@@ -97,7 +97,7 @@ def dct_top_k(
         )
     plan = _Plan.of(x.shape, sides, k, values)
     kernel, matrices = functools.partial(_call, plan=plan, impl=chosen), x.reshape(plan.shape)
-    found, indices, decoded = for_tpus("dct_top_k", kernel, chosen, matrices)
+    found, indices, decoded = by_kernel("dct_top_k", kernel, chosen, matrices)
     return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded.reshape(x.shape))
 
 

@@ -14,7 +14,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    for_tpus,
+    by_kernel,
     interpreter,
     resolve,
     struct_like,
@@ -80,7 +80,7 @@ def gram_update(
     matrices, contracted = _unfolded(blocks, mode)
     operands = alike_varying(statistics, matrices, scalars)
     kernel = functools.partial(_call, contracted=contracted, impl=chosen)
-    return for_tpus("gram_update", kernel, chosen, *operands)
+    return by_kernel("gram_update", kernel, chosen, *operands)
 
 
 def gram_update_definition(

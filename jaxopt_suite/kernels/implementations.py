@@ -14,6 +14,9 @@ from jaxopt_suite import core
 Impl = Literal["auto", "xla", "pallas", "interpret"]
 IMPLS = ("auto", "xla", "pallas", "interpret")
 
+# Of the kernels for GPUs: a row fills a warp, and the copy engine takes 256 entries of one at most.
+GPU_BLOCKS = (128, 256)
+
 # What "auto" takes. A kernel stands here once its time on hardware has been measured and committed
 # to benchmarks/results, and has beaten the compiler's. None has been run on hardware yet.
 AUTO: Mapping[str, Literal["xla", "pallas"]] = {
@@ -72,16 +75,25 @@ def by_platform(
     return jax.lax.platform_dependent(*operands, default=elsewhere, **kernels)
 
 
-def for_tpus(what: str, kernel: Callable[..., Any], impl: str, *operands: jax.Array) -> Any:
-    """What a kernel gives that is written for TPUs alone: interpreted, or ``by_platform``.
+def by_kernel(
+    what: str,
+    kernel: Callable[..., Any],
+    impl: str,
+    *operands: jax.Array,
+    cuda: Callable[..., Any] | None = None,
+) -> Any:
+    """What a kernel gives: interpreted, or ``by_platform``.
 
     Args:
       what: see ``by_platform``.
-      kernel: takes the operands.
+      kernel: for TPUs; takes the operands.
       impl: as ``resolve`` gives it, not ``"xla"``.
-      *operands: what the kernel takes.
+      *operands: what the kernels take.
+      cuda: see ``by_platform``. What is slow to import is best imported in it.
     """
-    return kernel(*operands) if impl == "interpret" else by_platform(what, *operands, tpu=kernel)
+    if impl == "interpret":
+        return kernel(*operands)
+    return by_platform(what, *operands, tpu=kernel, cuda=cuda)
 
 
 def _refuse(context: mlir.LoweringRuleContext, x: Any, *, what: str) -> Any:

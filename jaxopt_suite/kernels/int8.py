@@ -21,9 +21,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
+    GPU_BLOCKS,
     Impl,
     alike_varying,
-    by_platform,
+    by_kernel,
     interpreter,
     resolve,
     struct_like,
@@ -67,17 +68,15 @@ def int8_encode(x: jax.Array, *, block: int = 256, impl: Impl = "auto") -> Encod
         raise TypeError(f"x must be float32, got {x.dtype}")
     if chosen == "xla" or x.size == 0:
         return int8_encode_definition(x, block)
-    on_tpu = functools.partial(_encode, block=block, impl=chosen)
-    if chosen == "interpret":
-        return on_tpu(x)
-
-    from jaxopt_suite.kernels import int8_gpu  # slow to import
 
     def on_gpu(x: jax.Array) -> Encoded:
+        from jaxopt_suite.kernels import int8_gpu  # slow to import
+
         return Encoded(*int8_gpu.encode(x, block=block))
 
-    what = f"int8_encode with block={block}"
-    return by_platform(what, x, tpu=on_tpu, cuda=on_gpu if block in int8_gpu.BLOCKS else None)
+    on_tpu = functools.partial(_encode, block=block, impl=chosen)
+    what, cuda = f"int8_encode with block={block}", on_gpu if block in GPU_BLOCKS else None
+    return by_kernel(what, on_tpu, chosen, x, cuda=cuda)
 
 
 def int8_encode_definition(x: jax.Array, block: int) -> Encoded:
@@ -127,15 +126,15 @@ def int8_mean(
         return int8_mean_definition(codes, scales, shape, own, block)
     entries, worker = own or (None, jnp.int32(-1))
     operands = [worker, codes, scales, *([] if entries is None else [entries])]
-    on_tpu = functools.partial(_mean, shape=shape, block=block, impl=chosen)
-    if chosen == "interpret":
-        return on_tpu(*operands)
-    from jaxopt_suite.kernels import int8_gpu  # slow to import
 
-    on_gpu = functools.partial(int8_gpu.mean, shape=shape, block=block)
-    what = f"int8_mean with block={block}"
-    cuda = on_gpu if block in int8_gpu.BLOCKS else None
-    return by_platform(what, *operands, tpu=on_tpu, cuda=cuda)
+    def on_gpu(*operands: jax.Array) -> jax.Array:
+        from jaxopt_suite.kernels import int8_gpu  # slow to import
+
+        return int8_gpu.mean(*operands, shape=shape, block=block)
+
+    on_tpu = functools.partial(_mean, shape=shape, block=block, impl=chosen)
+    what, cuda = f"int8_mean with block={block}", on_gpu if block in GPU_BLOCKS else None
+    return by_kernel(what, on_tpu, chosen, *operands, cuda=cuda)
 
 
 def int8_mean_definition(

@@ -1,10 +1,7 @@
 """The kernels of ``int8`` for NVIDIA GPUs, Hopper and later, through Mosaic GPU.
 
-In the memory of a GPU a tensor lies entry after entry, so it is a matrix with a block in every row
-for nothing. A program is one warpgroup with one tile, 32 blocks. The copy engine (TMA) brings it to
-shared memory and takes the results back; beyond the last row it reads zeros and writes nothing, so
-that the last tile needs no care. A row is a warp's, four entries in a row a lane's: a block's
-largest magnitude takes five shuffles and no exchange between warps.
+A program is one warpgroup with one tile of ``rows_gpu``, 32 blocks. The copy engine (TMA) brings it
+to shared memory and takes the results back.
 
 With blocks of 256 a program has 41 KiB of shared memory to encode and 65 KiB to average: several
 are on a multiprocessor, and while one waits for its tile the others compute. A tensor that does not
@@ -26,19 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import without_own
+from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, padded, spread
 
-BLOCKS = (128, 256)  # a row fills a warp, and the copy engine takes 256 entries of one at most
-_ROWS = 32  # of a tile: their scales are 128 bytes, the least that Mosaic of JAX 0.10.2 copies
 _WHOLE = 4  # scales: where there is a row of them for each worker the copy engine wants 16 bytes
 _LEVELS = 127.0
 _STAGES = 4  # of the messages of the workers, so many are on their way at a time
-
-# Four rows to the four warps; in each 32 lanes with four entries in a row, again and again.
-_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 128), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
-# The other semantics, JAX 0.12's default, lay shared memory out by eight rows and refuse a rest.
-_PARAMETERS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Array, ...]:
@@ -46,11 +35,11 @@ def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Arra
 
     Args:
       x: float32, any shape with entries.
-      block: one of ``BLOCKS``.
+      block: one of ``GPU_BLOCKS``.
       interpret: as of ``plgpu.kernel``.
     """
-    rows, tile = -(-x.size // block), (_ROWS, block)
-    matrix = _padded(x.reshape(-1), block).reshape(rows, block)
+    rows, tile = -(-x.size // block), (ROWS, block)
+    matrix = padded(x.reshape(-1), block).reshape(rows, block)
     codes, scales, decoded = plgpu.kernel(
         _encode_tile,
         out_type=[
@@ -67,7 +56,7 @@ def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Arra
         grid=(-(-rows // tile[0]),),
         grid_names=("tile",),
         kernel_name="int8_encode",
-        compiler_params=_PARAMETERS,
+        compiler_params=PARAMETERS,
         interpret=interpret,
     )(matrix)
     flat = lambda blocks: blocks.reshape(-1)[: x.size]
@@ -90,7 +79,7 @@ def _encode_tile(
     rows = pl.ds(jax.lax.axis_index("tile") * count, count)
     plgpu.copy_gmem_to_smem(x_ref.at[rows], x_tile, loaded)
     plgpu.barrier_wait(loaded)
-    x = plgpu.layout_cast(x_tile[...], _LAYOUT)
+    x = plgpu.layout_cast(x_tile[...], LAYOUT)
     code, scale, decoded = _encoded(x)
     codes_tile[...] = code.astype(jnp.int32).astype(jnp.int8)
     scales_tile[...] = scale
@@ -108,8 +97,8 @@ def _encoded(x: jax.Array) -> tuple[jax.Array, ...]:
     # A maximum need not be NaN where an entry is.
     largest = jnp.max(jnp.where(magnitude < jnp.inf, magnitude, jnp.inf), axis=1)
     scale = jnp.where(largest < jnp.inf, jnp.where(largest == 0, 1.0, largest), jnp.nan)
-    code = jnp.round(x / _spread(scale, x.shape) * _LEVELS)
-    return code, scale, code * _spread(scale / _LEVELS, x.shape)
+    code = jnp.round(x / spread(scale, x.shape) * _LEVELS)
+    return code, scale, code * spread(scale / _LEVELS, x.shape)
 
 
 def mean(
@@ -129,11 +118,11 @@ def mean(
       scales: float32 ``[workers, ceil(n / block)]``.
       *own: none, or one message float32 of the given shape.
       shape: of a message.
-      block: one of ``BLOCKS``.
+      block: one of ``GPU_BLOCKS``.
       interpret: as of ``plgpu.kernel``.
     """
     workers, size = len(codes), math.prod(shape)
-    rows, tile = -(-size // block), (_ROWS, block)
+    rows, tile = -(-size // block), (ROWS, block)
     body = functools.partial(_mean_tile, workers=workers)
     mean = plgpu.kernel(
         body if own else without_own(body),
@@ -142,13 +131,13 @@ def mean(
         grid=(-(-rows // tile[0]),),
         grid_names=("tile",),
         kernel_name="int8_mean",
-        compiler_params=_PARAMETERS,
+        compiler_params=PARAMETERS,
         interpret=interpret,
     )(
         worker.reshape(1),
-        _padded(codes, block).reshape(workers, rows, block),
-        _padded(scales, _WHOLE),
-        *(_padded(x.reshape(-1), block).reshape(rows, block) for x in own),
+        padded(codes, block).reshape(workers, rows, block),
+        padded(scales, _WHOLE),
+        *(padded(x.reshape(-1), block).reshape(rows, block) for x in own),
     )
     axes = frozenset[str]().union(*map(core.varying_axes, (worker, codes, scales, *own)))
     return core.vary(mean.reshape(-1)[:size].reshape(shape), sorted(axes))
@@ -173,14 +162,14 @@ def _mean_tile(
         plgpu.barrier_wait(loaded)
 
     def decoded(codes: Any, scales: Any) -> jax.Array:
-        each = plgpu.layout_cast(scales[0], _LAYOUT.reduce(1)) / _LEVELS
-        return plgpu.layout_cast(codes[0], _LAYOUT).astype(jnp.float32) * _spread(each, tile.shape)
+        each = plgpu.layout_cast(scales[0], LAYOUT.reduce(1)) / _LEVELS
+        return plgpu.layout_cast(codes[0], LAYOUT).astype(jnp.float32) * spread(each, tile.shape)
 
     def add(step: tuple[jax.Array], codes: Any, scales: Any, total: jax.Array) -> jax.Array:
         message = lambda: decoded(codes, scales)
         if own_ref is None:
             return total + message()
-        own = lambda: plgpu.layout_cast(tile[...], _LAYOUT)  # in registers it would cost 64 more
+        own = lambda: plgpu.layout_cast(tile[...], LAYOUT)  # in registers it would cost 64 more
         return total + jax.lax.cond(step[0] == owner, own, message)
 
     total = plgpu.emit_pipeline(
@@ -191,19 +180,9 @@ def _mean_tile(
             plgpu.BlockSpec((1, count), lambda worker: (worker, place)),
         ],
         max_concurrent_steps=min(workers, _STAGES),
-        init_carry=plgpu.layout_cast(jnp.zeros(tile.shape, jnp.float32), _LAYOUT),
+        init_carry=plgpu.layout_cast(jnp.zeros(tile.shape, jnp.float32), LAYOUT),
     )(codes_ref, scales_ref)
     tile[...] = total / workers
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, out_ref.at[rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _spread(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A number of each row, at each of its entries."""
-    return plgpu.layout_cast(jax.lax.broadcast_in_dim(column, shape, (0,)), _LAYOUT)
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """With zeros at the end of the last dimension, up to a multiple."""
-    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, -x.shape[-1] % multiple)])

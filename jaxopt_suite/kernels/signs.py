@@ -23,7 +23,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
-    for_tpus,
+    by_kernel,
     interpreter,
     resolve,
     struct_like,
@@ -72,7 +72,7 @@ def sign_encode(
         return sign_encode_definition(x, block, scale)
     view = _View.of(x.shape, block)
     kernel = functools.partial(_encode, view=view, scale=scale, impl=chosen)
-    codes, scales, decoded = for_tpus("sign_encode", kernel, chosen, x.reshape(view.slabs))
+    codes, scales, decoded = by_kernel("sign_encode", kernel, chosen, x.reshape(view.slabs))
     bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     return Signs(bits.reshape(-1), scales.reshape(-1), decoded.reshape(x.shape))
 
@@ -139,7 +139,7 @@ def sign_mean(
     operands = [jnp.reshape(worker, 1), codes, scales.reshape(workers, *view.scales)]
     operands += [] if message is None else [message.reshape(view.slabs)]
     kernel = functools.partial(_mean, view=view, impl=chosen)
-    return for_tpus("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
+    return by_kernel("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
 
 
 def sign_mean_definition(

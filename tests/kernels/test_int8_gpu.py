@@ -1,32 +1,19 @@
 """Codes of 8 bits by the kernels for GPUs: interpreted, lowered, and compiled, without a GPU."""
 
 import functools
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
+import gpu_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_kernels import lowered
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import int8, int8_gpu
-from jaxopt_suite.parallel import topologies
+from jaxopt_suite.kernels import implementations, int8, int8_gpu
 
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
-    reason="this JAX has no public interpreter of Mosaic GPU; 0.11 has",
-)
-compiled = pytest.mark.skipif(
-    None in map(importlib.util.find_spec, ("jax_plugins", "jax_cuda12_plugin")),
-    reason="needs jax-cuda12-pjrt, jax-cuda12-plugin and ptxas",
-)
 # Of a scale above 2**126 the reciprocal, by which XLA multiplies, is denormal and flushed to 0.
 HARD = {"zeros": 0.0, "denormal": 1e-40, "large": 8e37, "infinite": np.inf, "nan": np.nan}
 
@@ -40,10 +27,6 @@ def messages(workers, shape, block):
     return jax.vmap(lambda x: int8.int8_encode_definition(x, block))(drawn(workers, *shape))
 
 
-def lowered(fn, *arguments, platform="cuda"):
-    return jax.jit(fn).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-
-
 def assert_encoded_as_defined(found, x, block):
     codes, scales, decoded = int8.int8_encode_definition(x, block)
     np.testing.assert_array_equal(found[1], scales)
@@ -52,7 +35,7 @@ def assert_encoded_as_defined(found, x, block):
     np.testing.assert_array_equal(np.asarray(found[0])[fine], np.asarray(codes)[fine])
 
 
-@interpreted
+@gpu_kernels.interpreted
 @pytest.mark.parametrize(
     ("shape", "block"),
     [
@@ -68,7 +51,7 @@ def test_interpreted_it_encodes_as_defined_to_the_bit(shape, block):
     assert [y.dtype for y in found] == [jnp.int8, jnp.float32, jnp.float32]
 
 
-@interpreted
+@gpu_kernels.interpreted
 @pytest.mark.parametrize("value", list(HARD))
 def test_interpreted_hard_numbers_are_what_they_are_by_definition(value):
     x = drawn(5, 256).at[1, 128:256].set(HARD[value]).at[3, 7].set(HARD[value])
@@ -85,7 +68,7 @@ def test_what_is_computed_of_a_tile_is_the_definition_to_the_bit(value, monkeypa
     assert_encoded_as_defined((codes.reshape(-1), scale, decoded), x, 256)
 
 
-@interpreted
+@gpu_kernels.interpreted
 @pytest.mark.parametrize(
     ("workers", "shape", "block", "owner"),
     [
@@ -130,7 +113,7 @@ def programs(block=256, shape=(37, 100), workers=3):
     }
 
 
-@pytest.mark.parametrize("block", int8_gpu.BLOCKS)
+@pytest.mark.parametrize("block", implementations.GPU_BLOCKS)
 @pytest.mark.parametrize("name", list(programs()))
 def test_on_each_platform_its_own_kernel_and_no_other_is_in_the_program(name, block):
     fn, arguments = programs(block)[name]
@@ -188,30 +171,13 @@ def test_where_there_is_no_kernel_the_program_is_refused(call, platform, message
 
 
 def compile_for(gpu):
-    """In a process of its own: JAX keeps a compiled kernel by its text, and not by the GPU."""
-    devices = np.array(topologies.describe(f"{gpu}:1x1x1").devices)
-    place = NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
-    for fn, arguments in programs(shape=(64, 256)).values():
-        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
-        program = jax.jit(fn).lower(*arguments).compile()
-        assert program.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
-        assert program.memory_analysis().temp_size_in_bytes < 100  # nothing is laid out anew
+    gpu_kernels.compile_programs(gpu, programs(shape=(64, 256)))
 
 
-@compiled
-@pytest.mark.parametrize(("gpu", "target"), [("h100", "sm_90a"), ("b200", "sm_100a")])
+@gpu_kernels.compiled
+@pytest.mark.parametrize(("gpu", "target"), gpu_kernels.TARGETS)
 def test_they_compile_for_gpus_that_are_not_there_and_spill_no_registers(gpu, target, tmp_path):
-    here = pathlib.Path(__file__)
-    dump = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(tmp_path)}
-    command = f"import {here.stem} as tests; tests.compile_for({gpu!r})"
-    root = here.parents[2]
-    env = {**os.environ, **dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=here.parent, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    reports = gpu_kernels.reports(__file__, gpu, tmp_path)
     assert len(reports) == len(programs())
     for report in reports:
-        assert f"for '{target}'" in report
-        assert "0 bytes spill stores, 0 bytes spill loads" in report
+        gpu_kernels.assert_nothing_spilled(report, target)

@@ -1,0 +1,63 @@
+"""Kernels for GPUs without a GPU: when they are interpreted, how they are lowered and compiled."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_suite.parallel import topologies
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"),
+    reason="this JAX has no public interpreter of Mosaic GPU; 0.11 has",
+)
+compiled = pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ("jax_plugins", "jax_cuda12_plugin")),
+    reason="needs jax-cuda12-pjrt, jax-cuda12-plugin and ptxas",
+)
+TARGETS = [("h100", "sm_90a"), ("b200", "sm_100a")]
+
+
+def lowered(fn, *arguments, platform="cuda"):
+    return jax.jit(fn).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def compile_programs(gpu, programs, temporary=100):
+    """Compiles functions, each with its arguments; to be called in a process of its own.
+
+    JAX keeps a compiled kernel by its text, and not by the GPU.
+    """
+    devices = np.array(topologies.describe(f"{gpu}:1x1x1").devices)
+    place = NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
+    for fn, arguments in programs.values():
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
+        program = jax.jit(fn).lower(*arguments).compile()
+        assert program.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
+        assert program.memory_analysis().temp_size_in_bytes < temporary  # nothing is laid out anew
+
+
+def reports(test_file, gpu, folder):
+    """What the assembler says of each kernel that ``compile_for(gpu)`` of a test file compiles."""
+    here = pathlib.Path(test_file)
+    dump = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    paths = map(str, (here.parents[2], here.parents[2] / "tests" / "support"))
+    env = {**os.environ, **dump, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    command = f"import {here.stem} as tests; tests.compile_for({gpu!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=here.parent, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [path.read_text() for path in folder.glob("*.ptxas")]
+
+
+def assert_nothing_spilled(report, target):
+    assert f"for '{target}'" in report
+    assert "0 bytes spill stores, 0 bytes spill loads" in report
