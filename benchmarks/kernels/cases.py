@@ -25,6 +25,7 @@ class Case(NamedTuple):
 def all_cases() -> Iterator[Case]:
     """Every kernel's cases."""
     yield from _gram_updates()
+    yield from _symmetric_products()
     yield from _int8_messages()
     yield from _adam8_updates()
     yield from _coefficients()
@@ -42,6 +43,14 @@ def _gram_updates() -> Iterator[Case]:
                 (_array(8, size, size), _array(8, size, size, dtype=dtype)),
                 (0,),
             )
+
+
+def _symmetric_products() -> Iterator[Case]:
+    """What an iteration for the roots of eight statistics multiplies."""
+    for size in (1024, 2048):
+        stack = _array(8, size, size)
+        what = f"8 pairs of {size} by {size}"
+        yield Case("symmetric_product", what, kernels.symmetric_product, (stack, stack), ())
 
 
 def _int8_messages() -> Iterator[Case]:

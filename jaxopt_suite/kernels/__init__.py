@@ -13,6 +13,7 @@ from jaxopt_suite.kernels.gram import gram_update
 from jaxopt_suite.kernels.implementations import IMPLS, Impl, resolve
 from jaxopt_suite.kernels.int8 import Encoded, int8_encode, int8_mean
 from jaxopt_suite.kernels.signs import Signs, sign_encode, sign_mean, signs_take
+from jaxopt_suite.kernels.symmetric import symmetric_product
 
 __all__ = [
     "IMPLS",
@@ -35,4 +36,5 @@ __all__ = [
     "sign_encode",
     "sign_mean",
     "signs_take",
+    "symmetric_product",
 ]

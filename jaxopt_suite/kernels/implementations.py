@@ -27,6 +27,7 @@ AUTO: Mapping[str, Literal["xla", "pallas"]] = {
     "int8_mean": "xla",
     "sign_encode": "xla",
     "sign_mean": "xla",
+    "symmetric_product": "xla",
 }
 
 

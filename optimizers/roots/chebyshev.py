@@ -11,12 +11,12 @@ import numpy as np
 from jaxopt_suite import core
 from jaxopt_suite.optimizers.roots.iterations import SCALES, ScaleName, spectral_scale
 from jaxopt_suite.optimizers.roots.products import (
+    Multiply,
     identity_like,
-    product,
     residual,
     symmetric_part,
 )
-from jaxopt_suite.optimizers.roots.solver import Solved, Solver
+from jaxopt_suite.optimizers.roots.solver import ByProducts, Solved
 from jaxopt_suite.optimizers.roots.stack import Stack, damped, without_padding
 
 _NODES = 10_000  # as many as DASH has
@@ -25,7 +25,7 @@ _Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chebyshev(Solver):
+class Chebyshev(ByProducts):
     r"""A polynomial in A, by Clenshaw's recurrence; ``degree - 1`` products, whatever the matrix.
 
     The series $\sum_k c_k T_k$ of $x^{-1/p}$ on $[\epsilon, 1 + \epsilon]$, taken at $A/s$ with $s
@@ -69,7 +69,8 @@ class Chebyshev(Solver):
         shifted = (2 / scale)[:, None, None] * ready.matrices - identity_like(ready.matrices)
         epsilon = 4 / self.degree**2 if self.epsilon is None else self.epsilon
         series = jnp.asarray(coefficients(self.degree, epsilon, order), scale.dtype)
-        root = _clenshaw(shifted, series) * (scale ** float(-1 / order))[:, None, None]
+        root = _clenshaw(shifted, series, self.multiply)
+        root = root * (scale ** float(-1 / order))[:, None, None]
         root = without_padding(symmetric_part(root), stack.inside)
         error = residual(root, ready.matrices, ready.inside, order.numerator, order.denominator)
         steps = jnp.full_like(stack.exponent, self.degree)
@@ -90,15 +91,15 @@ def coefficients(degree: int, epsilon: float, order: Fraction) -> np.ndarray:
     return found
 
 
-def _clenshaw(s: jax.Array, series: jax.Array) -> jax.Array:
+def _clenshaw(s: jax.Array, series: jax.Array, multiply: Multiply) -> jax.Array:
     """``sum_k series[k] T_k(s)`` for matrices with spectrum in [-1, 1]."""
     identity = identity_like(s)
 
     def step(later: _Pair, c: jax.Array) -> tuple[_Pair, None]:
         first, second = later
-        return (2 * product(s, first) - second + c * identity, first), None
+        return (2 * multiply(s, first) - second + c * identity, first), None
 
     last = jnp.zeros_like(s) + series[-1] * identity
     before = 2 * series[-1] * s + series[-2] * identity
     (first, second), _ = jax.lax.scan(step, (before, last), series[-3:0:-1])
-    return product(s, first) - second + series[0] * identity
+    return multiply(s, first) - second + series[0] * identity

@@ -1,6 +1,8 @@
 """Coupled Newton iterations for inverse p-th roots: of second order, and of any higher one."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import jax
@@ -18,19 +20,19 @@ from jaxopt_suite.optimizers.roots.iterations import (
     spectral_scale,
 )
 from jaxopt_suite.optimizers.roots.products import (
+    Multiply,
     distance_to_identity,
     identity_like,
     power,
-    product,
     residual,
     symmetric_part,
 )
-from jaxopt_suite.optimizers.roots.solver import Solved, Solver, check_whole
+from jaxopt_suite.optimizers.roots.solver import ByProducts, Solved, check_whole
 from jaxopt_suite.optimizers.roots.stack import Damped, Stack, damped, fill_padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoupledNewton(Solver):
+class CoupledNewton(ByProducts):
     r"""Coupled inverse Newton iteration, for integer p.
 
     With $s \ge \lambda_{\max}$ and $z = (p+1)/(2s)$, from $X = z^{1/p} I$ and $M = zA$:
@@ -73,13 +75,13 @@ class CoupledNewton(Solver):
         """See ``Solver.solve``."""
         p, ready = order.numerator, damped(stack)
         z = (p + 1) / (2 * spectral_scale(ready, self.scale))
-        x, m = _begin(ready, z, p)
-        done = _iterate(x, m, p, 2, self.max_iterations, self.tolerance)
-        return _finish(ready, done, order)
+        step = functools.partial(_step, p=p, order=2, multiply=self.multiply)
+        done = _iterate(step, _begin(ready, z, p), self.max_iterations, self.tolerance)
+        return _finish(ready, done, order, self.multiply)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CoupledHigherOrder(Solver):
+class CoupledHigherOrder(ByProducts):
     r"""Coupled iteration of order r: N is a polynomial of degree r - 1 instead of 1.
 
     With $E = I - M$, N is the beginning of the series of $(I - E)^{-1/p}$,
@@ -119,9 +121,12 @@ class CoupledHigherOrder(Solver):
         p, ready = order.numerator, damped(stack)
         trace = jnp.trace(ready.matrices, axis1=1, axis2=2)
         z = 1 / jnp.maximum(trace, jnp.finfo(trace.dtype).tiny ** 0.5)
-        x, m = _step(_begin(ready, z, p), p, 2)
-        done = _iterate(x, m, p, self.order, self.max_iterations - 1, self.tolerance)
-        return _finish(ready, done._replace(iterations=done.iterations + 1), order)
+        step = functools.partial(_step, p=p, multiply=self.multiply)
+        begun = step(_begin(ready, z, p), order=2)
+        step = functools.partial(step, order=self.order)
+        done = _iterate(step, begun, self.max_iterations - 1, self.tolerance)
+        done = done._replace(iterations=done.iterations + 1)
+        return _finish(ready, done, order, self.multiply)
 
 
 def _begin(stack: Damped, z: jax.Array, p: int) -> Values:
@@ -131,15 +136,15 @@ def _begin(stack: Damped, z: jax.Array, p: int) -> Values:
     return start, filled * z[:, None, None]
 
 
-def _step(values: Values, p: int, order: int) -> Values:
+def _step(values: Values, p: int, order: int, multiply: Multiply) -> Values:
     x, m = values
     identity = identity_like(m)
     error = identity - m
     *lower, n = _coefficients(p, order)
     factor = lower.pop() * identity + n * error
     for c in reversed(lower):
-        factor = c * identity + product(factor, error)
-    return product(x, factor), product(power(factor, p), m)
+        factor = c * identity + multiply(factor, error)
+    return multiply(x, factor), multiply(power(factor, p, multiply), m)
 
 
 def _coefficients(p: int, order: int) -> list[float]:
@@ -151,19 +156,22 @@ def _coefficients(p: int, order: int) -> list[float]:
 
 
 def _iterate(
-    x: jax.Array, m: jax.Array, p: int, order: int, max_iterations: int, tolerance: float | None
+    step: Callable[[Values], Values],
+    begun: Values,
+    max_iterations: int,
+    tolerance: float | None,
 ) -> Iterated:
     return iterate(
-        lambda values: _step(values, p, order),
+        step,
         lambda values: distance_to_identity(values[1]),
-        (x, m),
+        begun,
         max_iterations=max_iterations,
         tolerance=tolerance,
     )
 
 
-def _finish(stack: Damped, done: Iterated, order: Fraction) -> Solved:
+def _finish(stack: Damped, done: Iterated, order: Fraction, multiply: Multiply) -> Solved:
     """Residual of the root of the numerator's order, and its power."""
     root = symmetric_part(done.values[0])
     error = residual(root, stack.matrices, stack.inside, order.numerator)
-    return Solved(power(root, order.denominator), error, done.iterations, stack.largest)
+    return Solved(power(root, order.denominator, multiply), error, done.iterations, stack.largest)

@@ -7,9 +7,12 @@ product, and full float32 arithmetic on a GPU. On a CPU there is no difference.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+Multiply = Callable[[jax.Array, jax.Array], jax.Array]  # of two stacks [k, b, b]
 
 
 def product(*factors: jax.Array) -> jax.Array:
@@ -18,12 +21,12 @@ def product(*factors: jax.Array) -> jax.Array:
     return functools.reduce(multiply, factors)
 
 
-def power(x: jax.Array, n: int) -> jax.Array:
+def power(x: jax.Array, n: int, multiply: Multiply = product) -> jax.Array:
     """``x**n`` for ``n >= 1``, by repeated squaring."""
     if n == 1:
         return x
-    half = power(product(x, x), n // 2)
-    return product(half, x) if n % 2 else half
+    half = power(multiply(x, x), n // 2, multiply)
+    return multiply(half, x) if n % 2 else half
 
 
 def identity_like(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.optimizers import adamw_8bit
+from jaxopt_suite.optimizers import adamw_8bit, roots
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors
 from jaxopt_suite.optimizers.demo import demo
 from jaxopt_suite.optimizers.shampoo import shampoo
@@ -75,17 +75,29 @@ def test_the_gram_update_compiles_for_shapes_that_fit_no_tile(shape, mode, dtype
     assert "gram_update" in compiled(update, "v5e:2x2", *structs).as_text()
 
 
-def test_a_train_step_on_sixteen_chips_has_the_kernel_on_every_one():
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("n", [1024, 1152, 19])
+def test_the_symmetric_product_compiles_and_copies_nothing(topology, n):
+    struct = ((4, n, n), jnp.float32)
+    multiply = functools.partial(kernels.symmetric_product, impl="pallas")
+    program = compiled(multiply, topology, struct, struct)
+    assert "symmetric_product" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_a_train_step_on_sixteen_chips_has_the_kernels_of_shampoo_on_every_one():
     devices = topologies.describe("v5e:4x4").devices
     mesh = parallel.make_mesh({"data": 4, "model": 4}, devices=devices)
     params = {"w": jax.ShapeDtypeStruct((512, 2048), jnp.float32)}
-    settings = {"block_size": 512, "solver": "coupled_newton", "stack_multiple": 16}
+    solver = roots.CoupledNewton(product_impl="pallas")
+    settings = {"block_size": 512, "solver": solver, "stack_multiple": 16}
     tx = shampoo(0.1, gram_impl="pallas", **settings)
     loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
     step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": P(None, "model")})
     program = step.lower(params, jax.ShapeDtypeStruct((64, 512), jnp.float32)).compile()
-    calls = [line for line in program.as_text().splitlines() if "gram_update" in line]
-    assert sum("custom-call" in line for line in calls) == 2  # one a side
+    calls = [line for line in program.as_text().splitlines() if "custom-call" in line]
+    assert sum("gram_update" in line for line in calls) == 2  # one a side
+    assert sum("symmetric_product" in line for line in calls) == 4  # a step of Newton's has as many
 
 
 @pytest.mark.parametrize("topology", CHIPS)
