@@ -23,9 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import without_own
-from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, padded, spread
+from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, WHOLE, padded, spread
 
-_WHOLE = 4  # scales: where there is a row of them for each worker the copy engine wants 16 bytes
 _LEVELS = 127.0
 _STAGES = 4  # of the messages of the workers, so many are on their way at a time
 
@@ -44,7 +43,7 @@ def encode(x: jax.Array, *, block: int, interpret: Any = None) -> tuple[jax.Arra
         _encode_tile,
         out_type=[
             jax.ShapeDtypeStruct((rows, block), jnp.int8),
-            jax.ShapeDtypeStruct((rows + -rows % _WHOLE,), jnp.float32),
+            jax.ShapeDtypeStruct((rows + -rows % WHOLE,), jnp.float32),
             jax.ShapeDtypeStruct((rows, block), jnp.float32),
         ],
         scratch_types=[
@@ -136,7 +135,7 @@ def mean(
     )(
         worker.reshape(1),
         padded(codes, block).reshape(workers, rows, block),
-        padded(scales, _WHOLE),
+        padded(scales, WHOLE),
         *(padded(x.reshape(-1), block).reshape(rows, block) for x in own),
     )
     axes = frozenset[str]().union(*map(core.varying_axes, (worker, codes, scales, *own)))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 32  # of a tile: their scales are 128 bytes, the least that Mosaic of JAX 0.10.2 copies
+WHOLE = 4  # scales: where there is a row of them for each worker the copy engine wants 16 bytes
 
 # Four rows to the four warps; in each 32 lanes with four entries in a row, again and again.
 LAYOUT = plgpu.Layout.TILED(

@@ -7,7 +7,7 @@ whose payloads these are.
 A byte takes its bits from eight entries far apart, an eighth of the flat tensor from each other.
 Of a matrix of rows that are a multiple of 8 these lie in the same column of eight slabs of rows.
 The kernels take such slabs side by side, as they lie: a byte is then a sum over eight arrays, and
-nothing moves between the lanes of a register.
+nothing moves between the lanes of a register. Those for GPUs are in ``signs_gpu``.
 """
 
 import functools
@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import (
+    GPU_BLOCKS,
     Impl,
     alike_varying,
     by_kernel,
@@ -51,18 +52,19 @@ def sign_encode(
 ) -> Signs:
     """Signs and scales of a tensor, and what they will be taken for, in one pass.
 
-    The kernel, for TPUs, reads x once and writes a bit an entry, the scales, and what is decoded.
-    The error left by the message is ``x - decoded``. Time on hardware: unmeasured. What the
-    compiler says of it: ``docs/guides/kernels.md``.
+    The kernels, for TPUs and for NVIDIA GPUs from Hopper on, read x once and write a bit an entry,
+    the scales, and what is decoded. The error left by the message is ``x - decoded``. Time on
+    hardware: unmeasured. What the compilers say of them: ``docs/guides/kernels.md``.
 
     Args:
       x: float32, any shape.
-      block: B.
+      block: B; on GPUs the kernel takes 128 or 256.
       scale: ``"l1"``: mean magnitude. ``"l2"``: root of the mean square.
-      impl: see ``kernels.resolve``. What the kernel takes is said by ``signs_take``.
+      impl: see ``kernels.resolve``. What the kernels take is said by ``signs_take``.
 
     Raises:
-      ValueError, TypeError: for a bad argument, or for what the kernel does not take.
+      ValueError, TypeError: for a bad argument, or for what no kernel takes.
+      NotImplementedError: see ``kernels.resolve``.
     """
     core.check_choice("scale", scale, ("l1", "l2"))
     chosen = _resolve("sign_encode", x.shape, block, impl)
@@ -70,11 +72,15 @@ def sign_encode(
         raise TypeError(f"x must be float32, got {x.dtype}")
     if chosen == "xla" or x.size == 0:
         return sign_encode_definition(x, block, scale)
-    view = _View.of(x.shape, block)
-    kernel = functools.partial(_encode, view=view, scale=scale, impl=chosen)
-    codes, scales, decoded = by_kernel("sign_encode", kernel, chosen, x.reshape(view.slabs))
-    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-    return Signs(bits.reshape(-1), scales.reshape(-1), decoded.reshape(x.shape))
+
+    def on_gpu(x: jax.Array) -> Signs:
+        from jaxopt_suite.kernels import signs_gpu  # slow to import
+
+        return Signs(*signs_gpu.encode(x, block=block, scale=scale))
+
+    on_tpu = functools.partial(_encode, block=block, scale=scale, impl=chosen)
+    what, cuda = f"sign_encode with block={block}", on_gpu if block in GPU_BLOCKS else None
+    return by_kernel(what, on_tpu, chosen, x, cuda=cuda)
 
 
 def signs_take(shape: tuple[int, ...], block: int) -> bool:
@@ -112,8 +118,9 @@ def sign_mean(
 ) -> jax.Array:
     """The mean of many workers' decoded messages, added up in their order, in one pass.
 
-    The kernel, for TPUs, reads every bit once and writes 4 bytes an entry, where a loop over the
-    workers reads and writes the sum for each of them. Time on hardware: unmeasured.
+    The kernels, for TPUs and for NVIDIA GPUs from Hopper on, read every bit once and write 4 bytes
+    an entry, where a loop over the workers reads and writes the sum for each of them. Time on
+    hardware: unmeasured.
 
     Args:
       bits: uint8 ``[workers, ceil(n / 8)]``.
@@ -121,25 +128,30 @@ def sign_mean(
       shape: of the messages, n entries.
       own: a message float32 of that shape, and whose it is, int32 ``[]``: it is taken as it is in
         the place of that worker's bits.
-      block: B.
-      impl: see ``kernels.resolve``. What the kernel takes is said by ``signs_take``.
+      block: B; on GPUs the kernel takes 128 or 256.
+      impl: see ``kernels.resolve``. What the kernels take is said by ``signs_take``.
 
     Returns:
       float32 of the given shape.
 
     Raises:
-      ValueError: for what the kernel does not take.
+      ValueError: for what no kernel takes.
+      NotImplementedError: see ``kernels.resolve``.
     """
     chosen = _resolve("sign_mean", shape, block, impl)
     if chosen == "xla" or bits.size == 0:
         return sign_mean_definition(bits, scales, shape, own, block)
-    view, workers = _View.of(shape, block), len(bits)
     message, worker = own or (None, jnp.int32(-1))
-    codes = jax.lax.bitcast_convert_type(bits, jnp.int8).reshape(workers, *view.slabs[1:])
-    operands = [jnp.reshape(worker, 1), codes, scales.reshape(workers, *view.scales)]
-    operands += [] if message is None else [message.reshape(view.slabs)]
-    kernel = functools.partial(_mean, view=view, impl=chosen)
-    return by_kernel("sign_mean", kernel, chosen, *alike_varying(*operands)).reshape(shape)
+    operands = [worker, bits, scales, *([] if message is None else [message])]
+
+    def on_gpu(*operands: jax.Array) -> jax.Array:
+        from jaxopt_suite.kernels import signs_gpu  # slow to import
+
+        return signs_gpu.mean(*operands, shape=shape, block=block)
+
+    on_tpu = functools.partial(_mean, shape=shape, block=block, impl=chosen)
+    what, cuda = f"sign_mean with block={block}", on_gpu if block in GPU_BLOCKS else None
+    return by_kernel(what, on_tpu, chosen, *operands, cuda=cuda)
 
 
 def sign_mean_definition(
@@ -204,7 +216,15 @@ class _View(NamedTuple):
         return -(-self.rows // self.tile[0]), -(-self.columns // self.tile[1])
 
 
-def _encode(x: jax.Array, view: _View, scale: Scale, impl: str) -> Any:
+def _encode(x: jax.Array, *, block: int, scale: Scale, impl: str) -> Signs:
+    """The kernel for TPUs."""
+    view = _View.of(x.shape, block)
+    codes, scales, decoded = _encode_view(x.reshape(view.slabs), view, scale, impl)
+    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+    return Signs(bits.reshape(-1), scales.reshape(-1), decoded.reshape(x.shape))
+
+
+def _encode_view(x: jax.Array, view: _View, scale: Scale, impl: str) -> Any:
     rows, columns = view.tile
     entries = pl.BlockSpec((_SLABS, rows, columns), lambda i, j: (0, i, j))
     scales = pl.BlockSpec((_SLABS, rows, view.scales[2]), lambda i, j: (0, i, 0))
@@ -267,7 +287,24 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(jnp.square(unit), axis=1, keepdims=True) / x.shape[1])
 
 
-def _mean(*operands: jax.Array, view: _View, impl: str) -> jax.Array:
+def _mean(
+    worker: jax.Array,
+    bits: jax.Array,
+    scales: jax.Array,
+    *own: jax.Array,
+    shape: tuple[int, ...],
+    block: int,
+    impl: str,
+) -> jax.Array:
+    """The kernel for TPUs."""
+    view, workers = _View.of(shape, block), len(bits)
+    codes = jax.lax.bitcast_convert_type(bits, jnp.int8).reshape(workers, *view.slabs[1:])
+    operands = [jnp.reshape(worker, 1), codes, scales.reshape(workers, *view.scales)]
+    operands += [x.reshape(view.slabs) for x in own]
+    return _mean_view(alike_varying(*operands), view, impl).reshape(shape)
+
+
+def _mean_view(operands: tuple[jax.Array, ...], view: _View, impl: str) -> jax.Array:
     rows, columns = view.tile
     workers, has_own = len(operands[1]), len(operands) == 4
     size = math.prod(view.slabs)

@@ -44,9 +44,10 @@ def sign(
       scale: ``"l1"``: s = mean |x|, the least-squares scale for given signs. ``"l2"``: s is the
         root of the mean square, which keeps the norm of x, and is what 1-bit Adam uses.
       block: entries that share a scale; ``None`` for one scale a tensor.
-      impl: ``"auto"``, ``"xla"``, or by the kernels ``sign_encode`` and ``sign_mean`` for TPUs
-        ``"pallas"``, ``"interpret"`` on a CPU. These need blocks of a multiple of 128 up to 1024,
-        and take tensors, and pieces of them, of a multiple of 8 blocks; others are XLA's.
+      impl: ``"auto"``, ``"xla"``, or by the kernels ``sign_encode`` and ``sign_mean`` for TPUs and
+        GPUs ``"pallas"``, ``"interpret"`` on a CPU. These need blocks of a multiple of 128 up to
+        1024, on GPUs of 128 or 256, and take tensors, and pieces of them, of a multiple of 8
+        blocks; others are XLA's.
 
     Returns:
       ceil(n/8) + 4 ceil(n/B) bytes. With ρ = ‖x‖₁ / (√B ‖x‖₂) ≥ 1/√B, ``"l1"`` has the error

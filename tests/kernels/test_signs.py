@@ -166,5 +166,7 @@ def test_what_the_kernels_do_not_do_is_refused(call, error, message):
 
 def test_on_a_cpu_the_kernels_are_refused():
     x = drawn(8, 128)
-    with pytest.raises(NotImplementedError, match="no Pallas kernel of sign_encode for"):
+    with pytest.raises(
+        NotImplementedError, match="no Pallas kernel of sign_encode with block=128 for"
+    ):
         jax.jit(lambda x: kernels.sign_encode(x, block=128, impl="pallas")).lower(x)
