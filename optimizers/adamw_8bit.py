@@ -73,11 +73,12 @@ def scale_by_adam_8bit(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, at least 0.
-      block: B, at least 1; a multiple of 128 for the kernel.
+      block: B, at least 1; a multiple of 128 for the kernels, 128 or 256 on GPUs.
       min_size: entries from which on a leaf is kept in 8 bits, at least 0.
-      impl: ``"auto"``, ``"xla"``, or by the kernel ``kernels.adam8_update`` for TPUs ``"pallas"``,
-        ``"interpret"`` on a CPU. On a mesh the kernel needs ``param_specs=`` in the update, which
-        ``make_train_step`` gives, and takes the leaves of which devices have whole blocks.
+      impl: ``"auto"``, ``"xla"``, or by the kernels of ``kernels.adam8_update``: ``"pallas"`` for
+        TPUs and NVIDIA GPUs, ``"interpret"`` on a CPU. On a mesh they need ``param_specs=`` in the
+        update, which ``make_train_step`` gives, and take the leaves of which devices have whole
+        blocks.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``; updates keep their dtype, arithmetic is in

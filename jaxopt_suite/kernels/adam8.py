@@ -6,7 +6,8 @@ x is kept as the nearest entry of the dynamic code book to x over the scale.
 
 XLA needs a pass to find the scales and another to encode, reads gradient and state in both, and
 lays the rows out anew as rows of B. The kernel reads gradient, codes and scales once, writes over
-them, and keeps the float32 moments to itself.
+them, and keeps the float32 moments to itself. The one for GPUs is in ``adam8_gpu``, and what both
+compute of a tile in ``adam8_tile``.
 """
 
 import functools
@@ -19,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import core
-from jaxopt_suite.kernels import dynamic8
+from jaxopt_suite.kernels import adam8_tile, dynamic8
 from jaxopt_suite.kernels.implementations import (
+    GPU_BLOCKS,
     Impl,
     alike_varying,
     by_kernel,
@@ -30,8 +32,6 @@ from jaxopt_suite.kernels.implementations import (
     tpu_parameters,
 )
 
-_LARGEST = 3.4028235e38  # of float32
-_SMALLEST = 1.1754944e-38  # normal number of float32: a TPU takes what is below for zero
 _ENTRIES = 2**18  # of a tile
 _GROUPS = 8  # blocks side by side in a tile, at most: their scales lie in tiles of 8 by 128
 _ROWS = 128  # of a tile, or all there are
@@ -97,24 +97,27 @@ def adam8_update(
     from m and v as they are before they are encoded. An entry whose gradient is not finite, or
     whose v is not, has u = m = v = 0.
 
-    **The kernel**, for TPUs, moves 12 bytes an entry of a float32 gradient and writes over what it
-    is given, codes, scales and gradient, which a train step has no more use for. It takes leaves
-    of 32 rows or more whose rows have at least a block, or a multiple of 128 entries; others are
-    left to the compiler. Time on hardware: unmeasured. What the compiler says of it:
-    ``docs/guides/kernels.md``.
+    **The kernels**, for TPUs and for NVIDIA GPUs from Hopper on, move 12 bytes an entry of a
+    float32 gradient. That for TPUs writes over what it is given, codes, scales and gradient, which
+    a train step has no more use for; on GPUs XLA copies new codes over donated ones, 4 bytes more.
+    They take leaves of 32 rows or more whose rows have at least a block, or a multiple of 128
+    entries; on GPUs, rows of whole blocks or of a multiple of 16 entries, of float32, bfloat16 or
+    float16. Other leaves are left to the compiler. Time on hardware: unmeasured. What the compilers
+    say of them: ``docs/guides/kernels.md``.
 
     Args:
       gradient: g, ``[..., n]`` of any real floating dtype.
       moments: of the same leaf.
       numbers: of the step, by ``adam8_numbers``.
-      block: B.
+      block: B; for the kernels a multiple of 128, on GPUs 128 or 256.
       impl: see ``kernels.resolve``.
 
     Returns:
       u in the dtype of the gradient, and the new moments.
 
     Raises:
-      ValueError, TypeError: for a block that the kernel does not take, or that is none.
+      ValueError, TypeError: for a block that no kernel takes, or that is none.
+      NotImplementedError: see ``kernels.resolve``.
     """
     chosen = check_adam8(block, impl)
     if chosen == "xla" or not _fits(gradient.shape, block):
@@ -123,8 +126,11 @@ def adam8_update(
     g, mu, mu_scales, nu, nu_scales = (x.reshape(rows, -1) for x in (gradient, *moments))
     # XLA keeps an array of few columns the other way round: of the scales nothing is moved.
     operands = alike_varying(numbers, g, mu, mu_scales.T, nu, nu_scales.T)
-    kernel = functools.partial(_call, block=min(block, columns), impl=chosen)
-    found = by_kernel("adam8_update", kernel, chosen, *operands)
+    width = min(block, columns)
+    on_tpu = functools.partial(_call, block=width, impl=chosen)
+    on_gpu = functools.partial(_on_gpu, block=width)
+    what, cuda = f"adam8_update with block={block}", on_gpu if block in GPU_BLOCKS else None
+    found = by_kernel(what, on_tpu, chosen, *operands, cuda=cuda)
     u, mu, mu_scales, nu, nu_scales = found
     new = mu, mu_scales.T, nu, nu_scales.T
     shaped = [x.reshape(old.shape) for x, old in zip(new, moments, strict=True)]
@@ -152,7 +158,7 @@ def adam8_update_definition(
     g = gradient.astype(jnp.float32)
     mu, nu = adam8_decode(moments, block=block)
     mu, nu = b1 * mu + rest1 * g, b2 * nu + rest2 * jnp.square(g)
-    counts = nu <= _LARGEST  # not so where g is NaN or infinite
+    counts = nu <= adam8_tile.LARGEST  # not so where g is NaN or infinite
     mu, nu = jnp.where(counts, mu, 0.0), jnp.where(counts, nu, 0.0)
     direction = jnp.where(counts, (mu / c1) / (jnp.sqrt(nu / c2) + eps), 0.0)
     mu_codes, mu_scales = _encoded(mu, True, block)
@@ -171,7 +177,7 @@ def _encoded(x: jax.Array, signed: bool, block: int) -> tuple[jax.Array, jax.Arr
     ends = [(0, 0)] * len(rows) + [(0, count * block - columns)]
     blocks = jnp.pad(x, ends).reshape(*rows, count, block)
     largest = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True, initial=0.0)
-    empty = largest < _SMALLEST
+    empty = largest < adam8_tile.SMALLEST
     codes = dynamic8.encode(
         jnp.where(empty, 0.0, blocks / jnp.where(empty, 1.0, largest)), dynamic8.code_book(signed)
     )
@@ -185,10 +191,24 @@ def _fits(shape: tuple[int, ...], block: int) -> bool:
     return width > 0 and width % 128 == 0 and math.prod(shape[:-1]) >= _FEWEST_ROWS
 
 
+def _on_gpu(
+    numbers: jax.Array, gradient: jax.Array, *moments: jax.Array, block: int
+) -> tuple[jax.Array, ...]:
+    """As ``_call``, by the kernel for GPUs; of leaves that it does not take, by the definition."""
+    from jaxopt_suite.kernels import adam8_gpu  # slow to import
+
+    if adam8_gpu.fits(gradient, block):
+        return adam8_gpu.update(numbers, gradient, *moments, block=block)
+    mu, mu_scales, nu, nu_scales = moments
+    old = Moments8(mu, mu_scales.T, nu, nu_scales.T)
+    u, new = adam8_update_definition(gradient, old, numbers, block)
+    return u, new.mu, new.mu_scales.T, new.nu, new.nu_scales.T
+
+
 def _call(
     numbers: jax.Array, gradient: jax.Array, *moments: jax.Array, block: int, impl: str
 ) -> Any:
-    """The kernel on a gradient ``[rows, columns]``; scales are given ``[blocks, rows]``."""
+    """The kernel for TPUs: of a gradient ``[rows, columns]``, and scales ``[blocks, rows]``."""
     (rows, columns), blocks = gradient.shape, len(moments[1])
     groups = min(_GROUPS, blocks)
     height = min(rows, max(_ROWS, _ENTRIES // (groups * block) // _ROWS * _ROWS))
@@ -232,20 +252,19 @@ def _kernel(
     columns: int,
 ) -> None:
     signed, unsigned = dynamic8.code_book(True), dynamic8.code_book(False)
-    b1, rest1, b2, rest2, eps, c1, c2 = (numbers_ref[i] for i in range(7))
+    numbers = [numbers_ref[i] for i in range(7)]
     mu_scales, nu_scales = mu_scales_ref[...].T, nu_scales_ref[...].T
     new_scales = []
     for group in range(groups):
         part, own = slice(group * block, (group + 1) * block), slice(group, group + 1)
         g = gradient_ref[:, part].astype(jnp.float32)
-        mu = b1 * (_read(mu_ref[:, part], signed) * mu_scales[:, own]) + rest1 * g
-        nu = b2 * (_read(nu_ref[:, part], unsigned) * nu_scales[:, own]) + rest2 * (g * g)
-        counts = nu <= _LARGEST
+        mu = adam8_tile.entries(mu_ref[:, part], signed) * mu_scales[:, own]
+        nu = adam8_tile.entries(nu_ref[:, part], unsigned) * nu_scales[:, own]
+        inside = None
         if columns % block:  # what lies beyond the end of a row is anything
             start = (pl.program_id(1) * groups + group) * block
-            counts &= jax.lax.broadcasted_iota(jnp.int32, g.shape, 1) < columns - start
-        mu, nu = jnp.where(counts, mu, 0.0), jnp.where(counts, nu, 0.0)
-        direction = jnp.where(counts, (mu / c1) / (jnp.sqrt(nu / c2) + eps), 0.0)
+            inside = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1) < columns - start
+        mu, nu, direction = adam8_tile.moved(g, mu, nu, numbers, inside)
         direction_ref[:, part] = direction.astype(direction_ref.dtype)
         new_mu_ref[:, part], mu_scale = _written(mu, signed)
         new_nu_ref[:, part], nu_scale = _written(nu, unsigned)
@@ -256,37 +275,7 @@ def _kernel(
         ref[...] = jnp.concatenate(columns_of, axis=1).T
 
 
-def _read(codes: Any, book: dynamic8.CodeBook) -> Any:
-    """Entries of the code book; the same numbers as ``dynamic8.decode``, from integers."""
-    number = codes.astype(jnp.int32) - book.zero_code
-    level = jnp.abs(number) + book.zero
-    p, unit = jnp.full_like(level, book.counts[0]), jnp.full(level.shape, book.units[0])
-    for count, c in zip(book.counts[1:], book.units[1:], strict=True):
-        later = level >= count
-        p, unit = jnp.where(later, count, p), jnp.where(later, c, unit)
-    size = unit * (18 * level - 16 * p + 9).astype(jnp.float32)
-    size = jnp.where(level == book.zero, 0.0, size)
-    size = jnp.where(level == book.top, 1.0, size)
-    return jnp.where(number < 0, -size, size)
-
-
 def _written(x: Any, book: dynamic8.CodeBook) -> tuple[Any, Any]:
-    """Codes of a block a row, uint8, and its largest magnitude ``[rows, 1]``."""
-    size = jnp.abs(x)
-    largest = jnp.max(size, axis=1, keepdims=True)
-    largest = jnp.where(largest < _SMALLEST, 0.0, largest)
-    size = size / jnp.where(largest == 0, jnp.inf, largest)  # of zeros: zero
-    p, unit = jnp.full_like(size, book.counts[0]), jnp.full_like(size, book.units[0])
-    inverse = jnp.full_like(size, 1 / book.units[0])
-    for count, c, above in zip(book.counts[1:], book.units[1:], book.above[1:], strict=True):
-        later = size > above
-        p, unit = jnp.where(later, float(count), p), jnp.where(later, c, unit)
-        inverse = jnp.where(later, 1 / c, inverse)
-    lower = jnp.floor((size * inverse + (16 * p - 9)) * (1 / 18))
-    threshold = unit * (18 * lower - 16 * p + 18)
-    level = jnp.minimum(jnp.where(size > threshold, lower + 1, lower), 2 * p - 1)
-    number = jnp.where(size > book.above[0], level - book.zero, 0.0)
-    number = jnp.where(size > book.largest, float(book.top - book.zero), number)
-    if book.signed:
-        number = jnp.where(x < 0, jnp.maximum(-number, 1.0 - book.top), number)
-    return (number + book.zero_code).astype(jnp.int32).astype(jnp.uint8), largest
+    """Codes of a block a row, uint8, and its scale ``[rows, 1]``."""
+    scale = adam8_tile.scale(jnp.max(jnp.abs(x), axis=1, keepdims=True))
+    return adam8_tile.nearest(x, adam8_tile.divisor(scale), book), scale

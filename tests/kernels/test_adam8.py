@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adam8_steps import (
+    B1,
+    B2,
+    EPS,
+    HARD,
+    assert_directions_agree,
+    assert_moments_agree,
+    gradients,
+    numbers,
+)
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import kernels
 from jaxopt_suite.kernels import adam8, dynamic8
 
-B1, B2, EPS = 0.9, 0.99, 1e-8
 CASES = [
     ((70, 640), 128, "float32"),  # tiles of rows and of columns, of each the last one not full
     ((40, 200), 128, "float32"),  # a row ends inside a block
@@ -26,18 +35,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(adam8, "_ENTRIES", 32 * 2 * 128)
     monkeypatch.setattr(adam8, "_GROUPS", 2)
     monkeypatch.setattr(adam8, "_ROWS", 32)
-
-
-def gradients(shape, steps, dtype="float32", seed=0):
-    """Of many sizes within a block, and of another from step to step."""
-    rng = np.random.default_rng(seed)
-    scales = 10.0 ** rng.uniform(-2, 1, (steps, *[1] * len(shape)))
-    spread = 10.0 ** rng.uniform(-3, 0, shape)
-    return jnp.asarray(scales * spread * rng.normal(size=(steps, *shape)), dtype)
-
-
-def numbers(step, b1=B1, b2=B2, eps=EPS):
-    return kernels.adam8_numbers(b1, b2, eps, (1 - b1**step, 1 - b2**step))
 
 
 @functools.partial(jax.jit, static_argnames=("block", "impl"))
@@ -88,16 +85,8 @@ def test_the_kernel_is_the_definition(shape, block, dtype, small_tiles):
     found, moments = run(grads, block, "interpret")
     expected, defined = run(grads, block, "xla")
     for u, v in zip(found, expected, strict=True):
-        # Two sums and a quotient may be fused differently: a few units in the last place.
-        np.testing.assert_allclose(u, v, rtol=1e-6 if dtype == "float32" else 1e-2, atol=1e-6)
-    for name, new, old in zip(moments._fields, moments, defined, strict=True):
-        assert (new.shape, new.dtype) == (old.shape, old.dtype)
-        if "scales" in name:
-            np.testing.assert_allclose(new, old, rtol=1e-6)
-        else:  # and such a unit may turn a near tie into the next code
-            apart = np.abs(np.asarray(new, int) - np.asarray(old, int))
-            assert apart.max() <= 1
-            assert apart.mean() < 1e-4
+        assert_directions_agree(u, v, dtype)
+    assert_moments_agree(moments, defined)
 
 
 def test_what_lies_beyond_the_end_of_a_row_is_in_no_scale(monkeypatch):
@@ -160,15 +149,6 @@ def test_the_first_step_is_adams_and_zeros_leave_everything_as_it_was():
         assert not u.any()
         for new, old in zip(same, zeros, strict=True):
             np.testing.assert_array_equal(new, old)
-
-
-HARD = {
-    "a denormal": 1e-40,
-    "a number whose square is none": 1e-30,
-    "a number whose square is infinite": 1e30,
-    "infinity": np.inf,
-    "not a number": np.nan,
-}
 
 
 @pytest.mark.parametrize("impl", ["xla", "interpret"])
