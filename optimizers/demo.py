@@ -110,8 +110,8 @@ def scale_by_demo(
       dense: ``(path, leaf) -> bool``, the leaves that are sent whole, as if k were the size of the
         chunk. ``None``: those of fewer than two axes or 1024 elements, and those whose payload is
         not smaller than half of their bytes in float32.
-      impl: what finds the coefficients: ``"auto"``, ``"xla"``, or the kernel ``dct_top_k`` for TPUs
-        by ``"pallas"``, ``"interpret"`` on a CPU. It takes up to 64 coefficients of chunks of 64 by
+      impl: what finds the coefficients: ``"auto"``, ``"xla"``, or the kernel ``dct_top_k`` by
+        ``"pallas"``, ``"interpret"`` on a CPU. It takes up to 64 coefficients of chunks of 64 by
         64, and others for which ``kernels.dct_top_k_takes``; other leaves are XLA's.
 
     Returns:

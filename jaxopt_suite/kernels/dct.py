@@ -5,8 +5,9 @@ both axes, Y = D_a X D_bᵀ, and the k largest magnitudes are sent. This is what
 ``compressors.dct_top_k`` and ``demo`` do, whose coefficients these are.
 
 Left to XLA it is a copy of the matrix into chunks, two products, a sort of each chunk with its
-indices, a scatter, two products and the copy back. The kernel takes the matrix as it lies, chunks
-side by side in its tiles of 128 columns, and sorts nothing:
+indices, a scatter, two products and the copy back. The kernels take the matrix as it lies and sort
+nothing. That for GPUs is in ``dct_gpu``; the one of this file has chunks side by side in its tiles
+of 128 columns:
 
 * Magnitudes of floats are ordered as their bits are. The k-th largest of a chunk is found from its
   highest bit down, each by counting what reaches it: three vector operations an entry in each of 31
@@ -71,20 +72,22 @@ def dct_top_k(
 ) -> Largest:
     """The k largest DCT coefficients of every chunk, and what they will be decoded to, in one pass.
 
-    Of equal magnitudes the one of the lower index is taken. The kernel, for TPUs, reads x once and
-    writes what is decoded, and 8 bytes for each column of each row of chunks. Its coefficients are
-    the definition's up to rounding; where one is not finite, all of its chunk is decoded to NaN.
-    Time on hardware: unmeasured. What the compiler says of it: ``docs/guides/kernels.md``.
+    Of equal magnitudes the one of the lower index is taken. The kernels, for TPUs and for NVIDIA
+    GPUs from Hopper on, read x once and write what is decoded, and 8 bytes for each coefficient, or
+    on TPUs for each column of each row of chunks. Their coefficients are the definition's up to
+    rounding; where one is not finite, all of its chunk is decoded to NaN.
+    Time on hardware: unmeasured. What the compilers say of them: ``docs/guides/kernels.md``.
 
     Args:
       x: float32 ``[..., rows, columns]``, filled up with zeros to whole chunks.
       k: coefficients of a chunk, at most all of them.
-      sides: (a, b) of a chunk. What the kernel takes is said by ``dct_top_k_takes``.
+      sides: (a, b) of a chunk. What the kernels take is said by ``dct_top_k_takes``.
       values: dtype that coefficients are rounded to.
       impl: see ``kernels.resolve``.
 
     Raises:
-      ValueError, TypeError: for a bad argument, or for chunks that the kernel does not take.
+      ValueError, TypeError: for a bad argument, or for chunks that no kernel takes.
+      NotImplementedError: see ``kernels.resolve``.
     """
     chosen = resolve("dct_top_k", impl)
     _check(x, k, sides, values)
@@ -92,17 +95,26 @@ def dct_top_k(
         return dct_top_k_definition(x, k, sides, values)
     if not dct_top_k_takes(sides, k):
         raise ValueError(
-            "the kernel takes chunks of a multiple of 8 up to 128 rows, of columns that divide 128 "
+            "the kernels take chunks of a multiple of 8 up to 128 rows, of columns that divide 128 "
             f"and are 8 at least, and no more coefficients than columns, got sides={sides}, k={k}"
         )
     plan = _Plan.of(x.shape, sides, k, values)
-    kernel, matrices = functools.partial(_call, plan=plan, impl=chosen), x.reshape(plan.shape)
-    found, indices, decoded = by_kernel("dct_top_k", kernel, chosen, matrices)
-    return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded.reshape(x.shape))
+
+    def on_tpu(x: jax.Array) -> Largest:
+        found, indices, decoded = _call(x, plan, chosen)
+        return Largest(plan.of_chunks(found), plan.of_chunks(indices), decoded)
+
+    def on_gpu(x: jax.Array) -> Largest:
+        from jaxopt_suite.kernels import dct_gpu  # slow to import
+
+        return Largest(*dct_gpu.top_k(x, *map(dct_matrix, sides), k=k, values=values))
+
+    found = by_kernel("dct_top_k", on_tpu, chosen, x.reshape(plan.shape), cuda=on_gpu)
+    return found._replace(decoded=found.decoded.reshape(x.shape))
 
 
 def dct_top_k_takes(sides: tuple[int, int], k: int) -> bool:
-    """Whether the kernel takes k coefficients of chunks of ``sides``, (a, b)."""
+    """Whether the kernels take k coefficients of chunks of ``sides``, (a, b)."""
     a, b = sides
     return a % 8 == 0 and a <= LANES and b >= 8 and LANES % b == 0 and k <= b
 
@@ -185,6 +197,7 @@ class _Plan(NamedTuple):
 
 
 def _call(x: jax.Array, plan: _Plan, impl: str) -> Any:
+    """The kernel for TPUs."""
     (a, b), tile = plan.sides, (plan.bands * plan.sides[0], plan.columns)
     right = np.kron(np.eye(LANES // b, dtype=np.float32), dct_matrix(b))
     operands = alike_varying(x, jnp.asarray(dct_matrix(a)), jnp.asarray(right))

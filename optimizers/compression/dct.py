@@ -49,9 +49,9 @@ def dct_top_k(
       side: longest side of a chunk. With 64 an index takes 12 bits.
       pad: fill axes up with zeros to a multiple of the side; ``False`` uses divisors, as DeMo does.
       values: dtype of the coefficients. bfloat16 halves them and rounds to 8 bits.
-      impl: ``"auto"``, ``"xla"``, or by the kernel ``dct_top_k`` for TPUs ``"pallas"``,
-        ``"interpret"`` on a CPU. It takes up to 64 coefficients of chunks of 64 by 64, and others
-        for which ``kernels.dct_top_k_takes``; the rest is XLA's.
+      impl: ``"auto"``, ``"xla"``, or by the kernel ``dct_top_k`` ``"pallas"``, ``"interpret"`` on a
+        CPU. It takes up to 64 coefficients of chunks of 64 by 64, and others for which
+        ``kernels.dct_top_k_takes``; the rest is XLA's.
 
     Returns:
       c k coefficients and c k indices, for c chunks. δ = k / ab (times 1 − 2⁻¹⁶ for bfloat16) for
