@@ -29,10 +29,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels import adam8_tile, dynamic8
-from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, padded, spread
+from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, WHOLE, padded, spread
 
 _DTYPES = ("float32", "bfloat16", "float16")  # of a gradient
-_WHOLE = 4  # scales, and
 _ALIGNED = 16  # codes: where there are rows of them the copy engine wants 16 bytes
 _AT_ONCE = 4  # rows of a tile that are in registers
 
@@ -69,7 +68,7 @@ def update(
     """
     (rows, columns), whole = gradient.shape, gradient.shape[1] % block == 0
     as_entries = lambda x: x.reshape(-1, block) if whole else x
-    as_scales = lambda x: padded(x.T.reshape(1, -1) if whole else x, _WHOLE)
+    as_scales = lambda x: padded(x.T.reshape(1, -1) if whole else x, WHOLE)
     g, mu, nu = map(as_entries, (gradient, mu, nu))
     operands = g, mu, as_scales(mu_scales), nu, as_scales(nu_scales)
     height, width = g.shape
