@@ -8,6 +8,7 @@ from benchmarks import _results
 from benchmarks.markdown import measured, table
 
 _HEAD = ("case", "chip", "GFLOP", "MB moved", "temporary MB")
+_LEAVES = ("chip", "leaves", "loops", "temporary KB", "compile, s", "ms")
 _TIMES = ("kernel", "entries", "chip", "XLA, μs", "kernel, μs", "of bandwidth", "difference")
 
 
@@ -16,6 +17,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
     return {
         "kernels": _programs(_results.load(results / "kernels.json")),
         "kernel_times": _times(_results.load(results / "kernels_times.json")),
+        "kernel_leaves": _leaves(_results.load(results / "kernels_leaves.json")),
     }
 
 
@@ -35,6 +37,20 @@ def _times(rows: list[dict[str, Any]]) -> str:
         return "No times yet: `python -m benchmarks.kernels time` on a TPU or a GPU makes them.\n"
     newest = {(row["kernel"], row["entries"], row["chip"]): row for row in rows}
     return table(_TIMES, map(_time_cells, newest.values())) + "\n" + measured(rows[-1])
+
+
+def _leaves(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "No measurements yet.\n"
+    newest = {(row["chip"], row["leaves"]): row for row in rows}
+    return table(_LEAVES, map(_leaf_cells, newest.values())) + "\n" + measured(rows[-1])
+
+
+def _leaf_cells(row: Mapping[str, Any]) -> list[str]:
+    both = lambda key, unit: f"{row['tree'][key] / unit:.0f} → {row['packed'][key] / unit:.0f}"
+    timed = both("ms", 1) if "ms" in row["tree"] else "unmeasured"
+    figures = both("loops", 1), both("temporary_bytes", 1e3), both("compile_seconds", 1)
+    return [row["chip"], f"{row['leaves']} of {row['entries']}", *figures, timed]
 
 
 def _time_cells(row: Mapping[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ class Timed(NamedTuple):
     kernel: str  # name of the public function
     entries: int  # of one message, or of all blocks
     call: Callable[..., Any]  # takes the arrays, and ``impl``
-    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    arguments: tuple[Any, ...]  # shapes and dtypes
     again: bool  # whether what it gives takes the place of its first argument, and the memory
 
 
@@ -81,17 +81,48 @@ def measure(
 
 
 def _cases(sizes: Sequence[int]) -> Iterator[Timed]:
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
     for n in sizes:
-        shape = (n // SIDE, SIDE)
-        yield Timed("int8_encode", n, kernels.int8_encode, (array(*shape),), False)
-        payloads = array(WORKERS, n, dtype=jnp.int8), array(WORKERS, n // 256)
-        mean = functools.partial(kernels.int8_mean, shape=shape)
-        yield Timed("int8_mean", n, mean, payloads, False)
+        yield from _messages(n)
+        yield _adam8(n)
         if n >= SIDE**2:
-            blocks = array(n // SIDE**2, SIDE, SIDE)
+            blocks = _array(n // SIDE**2, SIDE, SIDE)
             gram = functools.partial(kernels.gram_update, decay=0.95, weight=0.05)
             yield Timed("gram_update", n, gram, (blocks, blocks), True)
+            yield Timed("symmetric_product", n, kernels.symmetric_product, (blocks, blocks), True)
+
+
+def _messages(n: int) -> Iterator[Timed]:
+    """What is sent of n entries, and what is made of the messages of all workers."""
+    shape = n // SIDE, SIDE
+    scales = _array(WORKERS, n // 256)
+    yield Timed("int8_encode", n, kernels.int8_encode, (_array(*shape),), False)
+    mean = functools.partial(kernels.int8_mean, shape=shape)
+    yield Timed("int8_mean", n, mean, (_array(WORKERS, n, dtype=jnp.int8), scales), False)
+    yield Timed("sign_encode", n, kernels.sign_encode, (_array(*shape),), False)
+    mean = functools.partial(kernels.sign_mean, shape=shape)
+    bits = _array(WORKERS, n // 8, dtype=jnp.uint8)
+    yield Timed("sign_mean", n, mean, (bits, scales), False)
+    largest = functools.partial(kernels.dct_top_k, k=32, sides=(64, 64))
+    yield Timed("dct_top_k", n, largest, (_array(*shape),), False)
+
+
+def _adam8(n: int) -> Timed:
+    """A step; what it gives takes the place of all that it was given."""
+
+    def update(old: tuple[jax.Array, ...], *, impl: Any) -> tuple[jax.Array, ...]:
+        numbers = kernels.adam8_numbers(0.9, 0.999, 1e-8, (0.1, 0.001))
+        direction, new = kernels.adam8_update(
+            old[0], kernels.Moments8(*old[1:]), numbers, impl=impl
+        )
+        return direction, *new
+
+    shape = n // SIDE, SIDE
+    codes, scales = _array(*shape, dtype=jnp.uint8), _array(shape[0], SIDE // 256)
+    return Timed("adam8_update", n, update, ((_array(*shape), codes, scales, codes, scales),), True)
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _chip(device: Any) -> Chip:
@@ -116,7 +147,7 @@ def _program(case: Timed, impl: Any) -> Any:
 
 def _seconds(case: Timed, program: Any, clock: Callable[[], float]) -> float:
     """Of one call among many that follow each other."""
-    arguments = [_filled(x) for x in case.arguments]
+    arguments = _filled(case)
 
     def calls() -> None:
         for _ in range(CALLS):
@@ -141,18 +172,22 @@ def _of_one(run: Callable[[], None], clock: Callable[[], float]) -> float:
 
 def _difference(case: Timed, programs: dict[str, Any]) -> float:
     """The largest between the two programs' results, over the largest magnitude of one of them."""
-    run = lambda program: jax.tree.leaves(program(*map(_filled, case.arguments)))
+    run = lambda program: jax.tree.leaves(program(*_filled(case)))
     found, expected = run(programs["pallas"]), run(programs["xla"])
     relative = lambda a, b: jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))
     pairs = zip(found, expected, strict=True)
     return max(float(relative(a.astype("float32"), b.astype("float32"))) for a, b in pairs)
 
 
-def _filled(x: jax.ShapeDtypeStruct) -> jax.Array:
+def _filled(case: Timed) -> list[Any]:
     """Any numbers will do; these take no memory to draw."""
-    if x.dtype == jnp.int8:
-        return jax.lax.broadcasted_iota(jnp.int8, x.shape, len(x.shape) - 1)
-    return jnp.sin(jax.lax.broadcasted_iota(jnp.float32, x.shape, len(x.shape) - 1))
+
+    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
+        dtype = jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+        places = jax.lax.broadcasted_iota(dtype, x.shape, len(x.shape) - 1)
+        return jnp.sin(places).astype(x.dtype) if dtype == jnp.float32 else places
+
+    return [jax.tree.map(fill, x) for x in case.arguments]
 
 
 def _row(case: Timed, chip: Chip, seconds: dict[str, float]) -> dict[str, Any]:
@@ -162,7 +197,7 @@ def _row(case: Timed, chip: Chip, seconds: dict[str, float]) -> dict[str, Any]:
     once.
     """
     results = jax.eval_shape(functools.partial(case.call, impl="xla"), *case.arguments)
-    arrays = [*case.arguments, *jax.tree.leaves(results)]
+    arrays = jax.tree.leaves((case.arguments, results))
     least = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
     bandwidth = chip.hbm_bandwidth / chip.devices
     row = {"kernel": case.kernel, "entries": case.entries, "chip": chip.name, "least_bytes": least}

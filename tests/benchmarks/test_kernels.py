@@ -9,7 +9,7 @@ import pytest
 from benchmarks import docs_kernels
 from benchmarks._results import append
 from benchmarks.kernels import __main__ as command
-from benchmarks.kernels import times
+from benchmarks.kernels import leaves, times
 from jaxopt_suite import kernels
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.parallel.chips import CHIPS
@@ -36,6 +36,25 @@ def test_the_page_shows_the_newest_row_of_a_case_and_says_where_there_is_none(tm
     text = docs_kernels.sections(tmp_path)["kernels"]
     assert "| c | v5e | 0.00 → 0.00 | 8.0 → 8.0 | 0.0 → 0.0 |" in text
     assert "7.0" not in text
+
+
+def test_leaves_are_timed_on_the_cpu_and_the_page_says_what_was_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaves, "CHIPS", {})
+    seconds = itertools.count(step=0.25)
+    (row,) = leaves.measure(3, clock=lambda: next(seconds))
+    assert row["tree"]["ms"] == row["packed"]["ms"] == 250
+    assert row["tree"]["loops"] >= 3
+    made = dict.fromkeys(("date", "our_commit", "hardware", "command"), "x")
+    made |= {"load": 0.0, "versions": {}}
+    append(tmp_path / "kernels_leaves.json", row | made)
+    untimed = {name: dict(row[name]) for name in leaves.WAYS}
+    for figures in untimed.values():
+        del figures["ms"]
+    append(tmp_path / "kernels_leaves.json", row | untimed | {"chip": "v5e"} | made)
+    text = docs_kernels.sections(tmp_path)["kernel_leaves"]
+    assert "| cpu | 3 of 1024 |" in text
+    assert "| 250 → 250 |" in text
+    assert text.count("unmeasured") == 1
 
 
 def test_times_are_refused_on_a_cpu(capsys, tmp_path, monkeypatch):
