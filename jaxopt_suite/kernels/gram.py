@@ -1,4 +1,7 @@
-"""Running means of Gram matrices, by one triangle."""
+"""Running means of Gram matrices: their definition, and one triangle of them by kernels.
+
+That for GPUs is in ``gram_gpu``.
+"""
 
 import math
 
@@ -28,20 +31,21 @@ def gram_update(
 
     $$L \leftarrow \beta L + w\, G_i G_i^T.$$
 
-    **The kernel**, for TPUs, computes the tiles on and below the diagonal and writes each of the
-    others as the transpose of one: of T² tiles T(T+1)/2. A tile is 256 by 256, for bfloat16 blocks
-    512 by 512, so that of 1024 rows it is ten of sixteen, or three of four.
-    It reads the same tiles of L and writes over L where that is donated, as a train step's state
-    is. What it gives is symmetric to the last bit. Time on hardware: unmeasured. What the compiler
-    says of it: ``docs/guides/kernels.md``.
+    **The kernels**, for TPUs and for NVIDIA's Hopper GPUs, compute the tiles on and below the
+    diagonal, read the same tiles of L, and write each of the others as the transpose of one: of T²
+    tiles T(T+1)/2. On TPUs a tile is 256 by 256, for bfloat16 blocks 512 by 512, so that of 1024
+    rows it is ten of sixteen, or three of four; on GPUs it is 128 by 128, and thirty-six of
+    sixty-four. That for TPUs writes over L where it is donated, as a train step's state is. What
+    they give is symmetric to the last bit. Time on hardware: unmeasured. What the compilers say of
+    them: ``docs/guides/kernels.md``.
 
-    Sums and products are in float32; those of float32 blocks with
-    ``Precision.HIGHEST``, as ``optimizers.roots.products`` says why. Those of bfloat16 blocks are
-    exact and cost a sixth of it.
+    Sums and products are in float32; those of float32 blocks with ``Precision.HIGHEST``, as
+    ``optimizers.roots.products`` says why, or as accurate (``gram_gpu``). Those of bfloat16 blocks
+    are exact and cost a sixth of it.
 
     Args:
       statistics: L, float32 or bfloat16 ``[k, d_i, d_i]``; the definition takes float64 too. The
-        kernel takes them to be symmetric.
+        kernels take them to be symmetric.
       blocks: G, ``[k, d_1, ..., d_p]``, p at least 1.
       decay: β, a number or float32 ``[]``.
       weight: w, likewise. With a decay of 1 a weight of 0 leaves L as it is.
@@ -52,7 +56,7 @@ def gram_update(
       As ``statistics``.
 
     Raises:
-      ValueError, TypeError: for shapes that do not fit, or dtypes that the kernel does not take.
+      ValueError, TypeError: for shapes that do not fit, or dtypes that the kernels do not take.
       NotImplementedError: see ``kernels.resolve``.
     """
     _check(statistics, blocks, mode)
@@ -64,12 +68,17 @@ def gram_update(
     matrices, contracted = _unfolded(blocks, mode)
     operands = alike_varying(statistics, matrices, scalars)
 
-    def kernel(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
+    def on_tpu(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
         mean = triangles.Mean(statistics, scalars)
         settings = {"contracted": contracted, "mean": mean, "impl": chosen}
         return triangles.symmetric("gram_update", matrices, matrices, **settings)
 
-    return by_kernel("gram_update", kernel, chosen, *operands)
+    def on_gpu(*operands: jax.Array) -> jax.Array:
+        from jaxopt_suite.kernels import gram_gpu  # slow to import
+
+        return gram_gpu.update(*operands, contracted=contracted)
+
+    return by_kernel("gram_update", on_tpu, chosen, *operands, cuda=on_gpu)
 
 
 def gram_update_definition(

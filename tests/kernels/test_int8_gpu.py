@@ -153,11 +153,6 @@ def test_inside_shard_map_and_under_vmap_it_lowers_for_gpus():
             "cuda",
             "int8_encode with block=512 for the platform 'cuda'; impl='xla' runs",
         ),
-        (
-            lambda x, impl: kernels.gram_update(jnp.zeros((4, 4, 4)), x, 0.9, 0.1, impl=impl),
-            "cuda",
-            "gram_update for the platform 'cuda'",
-        ),
     ],
 )
 def test_where_there_is_no_kernel_the_program_is_refused(call, platform, message):

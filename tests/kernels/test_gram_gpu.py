@@ -1,0 +1,269 @@
+"""Gram matrices by the kernel for Hopper: interpreted, lowered, and compiled, without a GPU."""
+
+import functools
+
+import gpu_kernels
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpu_kernels import lowered
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_suite import kernels, parallel
+from jaxopt_suite.kernels import gram, gram_gpu
+
+B, W = 0.9, 0.1
+# With NumPy the interpreter multiplies, which warns of what is not finite.
+numpy_is_quiet = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+HARD = {"huge": 3.4e38, "small": 1e-22, "infinite": -np.inf, "nan": np.nan}
+
+
+def given(shape, mode, dtype="float32", seed=0):
+    """A symmetric statistic for a mode of blocks of this shape, and the blocks."""
+    rng = np.random.default_rng(seed)
+    d = shape[mode + 1]
+    half = rng.normal(size=(shape[0], d, d))
+    statistics = jnp.asarray(half + np.swapaxes(half, 1, 2), jnp.float32)
+    return statistics, jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def interpreted(statistics, blocks, decay=B, weight=W, mode=0):
+    matrices, contracted = gram._unfolded(blocks, mode)
+    scalars = jnp.asarray([decay, weight], jnp.float32)
+    interpret = plgpu.InterpretGPUParams()
+    return gram_gpu.update(
+        statistics, matrices, scalars, contracted=contracted, interpret=interpret
+    )
+
+
+def in_float64(statistics, blocks, mode=0):
+    matrices, contracted = gram._unfolded(blocks, mode)
+    rows = np.asarray(matrices if contracted == 2 else jnp.swapaxes(matrices, 1, 2), np.float64)
+    decay, weight = np.float64(np.float32([B, W]))
+    return decay * np.asarray(statistics, np.float64) + weight * rows @ np.swapaxes(rows, 1, 2)
+
+
+@gpu_kernels.interpreted
+@pytest.mark.parametrize(
+    ("shape", "mode", "dtype"),
+    [
+        ((2, 300, 70), 0, "float32"),  # six tiles, one of 44 rows; three steps, one of 6 entries
+        ((1, 70, 136), 1, "float32"),
+        ((1, 136, 70), 0, "bfloat16"),
+        ((1, 70, 136), 1, "bfloat16"),
+        ((2, 5, 9, 6), 1, "float32"),
+        ((3, 11), 0, "float32"),
+    ],
+)
+def test_interpreted_it_is_as_accurate_as_the_definition(shape, mode, dtype):
+    statistics, blocks = given(shape, mode, dtype)
+    found = interpreted(statistics, blocks, mode=mode)
+    plain = gram.gram_update_definition(statistics, blocks, B, W, mode)
+    exact = in_float64(statistics, blocks, mode)
+    error = lambda x: np.max(np.abs(np.asarray(x, np.float64) - exact))
+    assert found.dtype == plain.dtype == jnp.float32
+    assert error(found) <= error(plain) + 2.0**-24 * np.max(np.abs(exact))
+
+
+@gpu_kernels.interpreted
+def test_interpreted_a_statistic_may_be_kept_in_bfloat16():
+    statistics, blocks = given((1, 136, 40), 0)
+    narrow = statistics.astype(jnp.bfloat16)
+    found = interpreted(narrow, blocks)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), in_float64(narrow, blocks), rtol=2**-8
+    )
+    np.testing.assert_array_equal(found, jnp.swapaxes(found, 1, 2))
+
+
+@gpu_kernels.interpreted
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interpreted_it_is_symmetric_to_the_bit_and_what_lies_above_is_not_read(dtype):
+    statistics, blocks = given((1, 150, 40), 0, dtype)
+    above = np.triu(np.ones((150, 150), bool), 1)
+    found = interpreted(jnp.where(above, jnp.nan, statistics), blocks)
+    np.testing.assert_array_equal(found, jnp.swapaxes(found, 1, 2))
+    np.testing.assert_array_equal(found, interpreted(statistics, blocks))
+
+
+@gpu_kernels.interpreted
+def test_interpreted_a_decay_of_one_and_a_weight_of_nothing_leave_the_statistic():
+    statistics, blocks = given((1, 20, 40), 0)
+    np.testing.assert_array_equal(interpreted(statistics, blocks, 1.0, 0.0), statistics)
+
+
+@gpu_kernels.interpreted
+@numpy_is_quiet
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interpreted_what_is_not_finite_spoils_its_row_and_column_and_no_other_block(dtype):
+    statistics, blocks = given((3, 12, 20), 0, dtype)
+    blocks = blocks.at[0, 3, 5].set(HARD["nan"]).at[1, 9, 18].set(HARD["infinite"])
+    found, plain = interpreted(statistics, blocks), kernels.gram_update(statistics, blocks, B, W)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(plain))
+    assert np.sum(~np.isfinite(found)) == 2 * 23
+
+
+@gpu_kernels.interpreted
+@numpy_is_quiet
+def test_interpreted_huge_and_tiny_entries_are_what_the_definition_makes_of_them():
+    blocks = given((3, 12, 20), 0)[1]
+    # Of the first block a row is near float32's maximum and its products with others are not.
+    row, others = HARD["huge"] * jnp.sign(blocks[0, 4]), 1e-30 * blocks[0]
+    blocks = jnp.stack([others.at[4].set(row), HARD["small"] * blocks[1], 0 * blocks[2]])
+    zeros = jnp.zeros((3, 12, 12))
+    found, plain = (np.asarray(f(zeros, blocks, B, W)) for f in (interpreted, kernels.gram_update))
+    finite = np.isfinite(plain)
+    np.testing.assert_array_equal(np.isfinite(found), finite)
+    assert np.sum(~finite) == 1
+    # Sums that cancel, and denormal ones, which may be flushed.
+    size = np.einsum("kan,kbn->kab", *[np.abs(np.asarray(blocks, np.float64))] * 2)
+    assert np.all(np.abs(found - plain)[finite] <= (2.0**-22 * size + 1.2e-38)[finite])
+
+
+@pytest.mark.parametrize("power", [0, 30, 100, -90])
+def test_three_bfloat16_numbers_are_a_float32_number_and_get_smaller(power):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 40)) * 2.0**power, jnp.float32)
+    x = x.at[0, 0].set(jnp.finfo(jnp.float32).max).at[0, 1].set(0)
+    parts = gram_gpu.split(x)
+    assert [part.dtype for part in parts] == [jnp.bfloat16] * 3
+    high, middle, low = (np.asarray(part, np.float64) for part in parts)
+    np.testing.assert_array_equal(high + middle + low, np.asarray(x, np.float64))
+    assert np.all(np.abs(high) <= np.abs(x))
+    assert np.all(np.abs(middle) <= 2.0**-7 * np.abs(high))
+    assert np.all(np.abs(low) <= 2.0**-16 * np.abs(high))
+
+
+def test_what_is_not_finite_is_in_the_first_part_alone_and_bfloat16_is_its_own_only_part():
+    bad = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
+    high, middle, low = gram_gpu.split(bad)
+    np.testing.assert_array_equal(high.astype(jnp.float32), bad)
+    np.testing.assert_array_equal(jnp.stack([middle, low]), 0)
+    (only,) = gram_gpu.split(bad.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(only.astype(jnp.float32), bad)
+
+
+def cut(x, quantum):
+    """To a multiple of the quantum, toward zero."""
+    return np.trunc(x / quantum) * quantum
+
+
+def as_tensor_cores_add(total, left, right):
+    """A model of an instruction, at its worst: each of 16 products and the sum are cut to 24 bits.
+
+    What is cut off is below the last bit of the largest of them.
+    """
+    terms = np.concatenate([total[..., None], left[:, None] * right[None]], axis=-1)
+    last_bit = lambda x: 2.0 ** (np.frexp(np.where(x == 0, 1e-30, np.abs(x)))[1] - 24)
+    added = np.sum(cut(terms, last_bit(np.max(np.abs(terms), axis=-1))[..., None]), axis=-1)
+    return cut(added, last_bit(added))
+
+
+def by_model(x, depth):
+    """The Gram matrix of x, by the products and steps of the kernel."""
+    parts = [np.asarray(part, np.float64) for part in gram_gpu.split(jnp.asarray(x))]
+    total = np.zeros((len(x), len(x)), np.float32)
+    for step in range(0, x.shape[1], depth):
+        added = np.zeros(total.shape)
+        for i, j in gram_gpu._PRODUCTS[len(parts)]:
+            for first in range(step, min(step + depth, x.shape[1]), 16):
+                columns = slice(first, first + 16)
+                added = as_tensor_cores_add(added, parts[i][:, columns], parts[j][:, columns])
+        total = total + added.astype(np.float32)
+    return total
+
+
+@pytest.mark.parametrize("spread", [0, 6])
+def test_cut_off_sums_of_a_step_are_as_accurate_as_float32_and_those_of_all_steps_are_not(spread):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 1024)) * 10 ** rng.uniform(-spread, spread, size=(60, 1024))
+    x = x.astype(np.float32)
+    exact = x.astype(np.float64) @ x.T.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(x).T.astype(np.float64)
+    plain = gram.gram_update_definition(jnp.zeros((1, 60, 60)), jnp.asarray(x[None]), 0.0, 1.0, 0)
+    depth = gram_gpu._Plan.of(jnp.asarray(x[None]), 2).depth
+    error = lambda found: (np.asarray(found, np.float64) - exact) / size
+    stepwise, at_once = error(by_model(x, depth)), error(by_model(x, 1024))
+    squares = lambda e: np.mean(e**2)
+    assert squares(stepwise) <= squares(error(plain[0]))
+    assert np.max(np.abs(stepwise)) <= 2.0**-20
+    assert np.mean(np.diag(at_once)) < 5 * np.mean(np.diag(stepwise)) < 0  # too small, both
+
+
+def programs(shape=(2, 200, 300)):
+    """What is lowered and compiled: of each function a name, itself, and its arguments."""
+    update = functools.partial(kernels.gram_update, impl="pallas")
+    struct, scalar = jax.ShapeDtypeStruct, jax.ShapeDtypeStruct((), jnp.float32)
+    return {
+        f"{dtype}, mode {mode}": (
+            functools.partial(update, mode=mode),
+            (
+                struct((shape[0], *[shape[mode + 1]] * 2), jnp.float32),
+                struct(shape, dtype),
+                scalar,
+                scalar,
+            ),
+        )
+        for dtype in ("float32", "bfloat16")
+        for mode in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("name", list(programs()))
+def test_on_each_platform_its_own_kernel_and_no_other_is_in_the_program(name):
+    fn, arguments = programs()[name]
+    for platform, target, other in (
+        ("cuda", "mosaic_gpu_v2", "tpu_custom_call"),
+        ("tpu", "tpu_custom_call", "mosaic_gpu_v2"),
+    ):
+        text = lowered(fn, *arguments, platform=platform)
+        assert text.count(f"@{target}") == 1
+        assert f"@{other}" not in text
+
+
+def test_inside_shard_map_and_under_vmap_it_lowers_for_gpus():
+    update = lambda s, g: kernels.gram_update(s, g, 0.9, 0.1, impl="pallas")
+    mesh = parallel.make_mesh({"worker": 2}, devices=jax.devices()[:2])
+    on_mesh = jax.shard_map(update, mesh=mesh, in_specs=P("worker"), out_specs=P("worker"))
+    statistics, blocks = given((4, 20, 40), 0)
+    assert lowered(on_mesh, statistics, blocks).count("@mosaic_gpu_v2") == 1
+    fleet = lambda x: jnp.stack([x] * 3)
+    text = lowered(jax.vmap(update), fleet(statistics), fleet(blocks))
+    assert text.count("@mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "rocm"])
+def test_where_there_is_no_kernel_the_program_is_refused(platform):
+    fn, arguments = programs()["float32, mode 0"]
+    with pytest.raises(NotImplementedError, match=f"gram_update for the platform '{platform}'"):
+        lowered(fn, *arguments, platform=platform)
+
+
+def test_for_a_gpu_that_is_not_hopper_the_program_is_refused(monkeypatch):
+    class Blackwell:
+        compute_capability = "10.0"
+
+    monkeypatch.setattr(jax.extend.backend, "get_default_device", Blackwell)
+    fn, arguments = programs()["float32, mode 0"]
+    with pytest.raises(NotImplementedError, match="is for Hopper"):
+        lowered(fn, *arguments)
+    lowered(fn, *arguments, platform="tpu")
+
+
+def compile_for(gpu):
+    shape = (2, 256, 512)
+    for name, program in programs(shape).items():
+        parts = 6 * np.prod(shape) if "float32" in name else 0  # the blocks as bfloat16 numbers
+        gpu_kernels.compile_programs(gpu, {name: program}, temporary=parts + 400)
+
+
+@gpu_kernels.compiled
+@pytest.mark.parametrize(("gpu", "target"), gpu_kernels.TARGETS[:1])
+def test_it_compiles_for_gpus_that_are_not_there_and_spills_no_registers(gpu, target, tmp_path):
+    reports = gpu_kernels.reports(__file__, gpu, tmp_path)
+    assert len(reports) == len(programs())
+    for report in reports:
+        gpu_kernels.assert_nothing_spilled(report, target)
+        assert "wgmma" not in report  # the assembler warns where it makes them wait
