@@ -64,7 +64,8 @@ def update(
     Args:
       statistics: float32 or bfloat16 ``[k, d, d]``.
       blocks: float32 or bfloat16, ``[k, d, n]`` if ``contracted`` is 2, ``[k, n, d]`` if it is 1.
-        Where n and d are no multiples of 64 they are padded with zeros, and the statistics too.
+        Where n and d are no multiples of 64, they and the statistics may have to be padded for the
+        copy engine. That copies them, except float32 blocks, which are written anew in any case.
       scalars: float32 ``[2]``: decay and weight.
       contracted: the dimension of the blocks that is summed over.
       interpret: as of ``plgpu.kernel``.
