@@ -26,7 +26,10 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         for name, make in makers.items()
         if name in rows
     ]
-    return {"shampoo": "\n".join(parts) or "No measurements yet.\n"}
+    return {
+        "shampoo": "\n".join(parts) or "No measurements yet.\n",
+        "roots": _roots(_results.load(results / "roots.json")),
+    }
 
 
 def pictures(results: pathlib.Path) -> dict[str, tuple[str, Callable[[], Figure]]]:
@@ -71,6 +74,33 @@ def _compile(row: dict[str, Any]) -> str:
         for x in row["updates"]
     ]
     return table(head, cells)
+
+
+def _roots(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "No measurements yet.\n"
+    errors: dict[tuple[str, int], dict[str, str]] = {}
+    for entry in rows[-1]["accuracy"]:
+        shown = f"{entry['error']:.1e}" + ("" if entry["ok"] else " (refused)")
+        errors.setdefault((entry["solver"], entry["size"]), {})[entry["spectrum"]] = shown
+    spectra = list(next(iter(errors.values())))
+    cells = [
+        [f"`{solver}`".replace(", one triangle`", "`, one triangle"), size]
+        + [found.get(spectrum, "") for spectrum in spectra]
+        for (solver, size), found in sorted(errors.items(), key=lambda item: item[0][1])
+    ]
+    times = [
+        [f"`{x['solver']}`", "{} of {} by {}".format(*x["stack"]), f"{x['ratio']:.2f}"]
+        for x in rows[-1]["times"]
+    ]
+    accuracy = table(("solver", "rows", *spectra), cells)
+    return "\n".join(
+        [
+            accuracy,
+            table(("solver", "stack", "time over that of `eigh`"), times),
+            measured(rows[-1]),
+        ]
+    )
 
 
 def _traces(row: dict[str, Any]) -> Figure:

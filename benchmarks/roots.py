@@ -20,6 +20,7 @@ from benchmarks.step_time import timing
 from jaxopt_suite.core.errors import UserError
 from jaxopt_suite.experiments.config import at_least
 from jaxopt_suite.optimizers import roots
+from jaxopt_suite.optimizers.roots.solver import ByProducts, Solver
 
 ORDER = 4
 DAMPING = 1e-6
@@ -63,13 +64,13 @@ def accuracy(sizes: Sequence[int]) -> list[dict[str, Any]]:
             named = {name: named[name] for name in _AT_LARGE}
         a = np.stack([matrix(values) for values in named.values()])
         expected = [exact(one) for one in a]
-        for solver in roots.SOLVERS:
+        for name, solver in _solvers(size).items():
             found = _solve(a, ORDER, solver=solver)
             for i, spectrum in enumerate(named):
                 difference = np.linalg.norm(np.asarray(found.root[i], np.float64) - expected[i])
                 entries.append(
                     {
-                        "solver": solver,
+                        "solver": name,
                         "size": size,
                         "spectrum": spectrum,
                         "error": float(difference / np.linalg.norm(expected[i])),
@@ -79,6 +80,19 @@ def accuracy(sizes: Sequence[int]) -> list[dict[str, Any]]:
                     }
                 )
     return entries
+
+
+def _solvers(size: int) -> dict[str, Solver]:
+    """Each by name, and of the smallest matrices those that can with the kernel for products.
+
+    It is interpreted, which for larger ones takes minutes.
+    """
+    found = {name: make() for name, make in roots.SOLVERS.items()}
+    if size == min(SIZES):
+        for name, make in roots.SOLVERS.items():
+            if issubclass(make, ByProducts):
+                found[f"{name}, one triangle"] = make(product_impl="interpret")
+    return found
 
 
 def times(stacks: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
@@ -113,13 +127,13 @@ def _timer(a: jax.Array, solver: str) -> Callable[[], float]:
 def _show(row: dict[str, Any]) -> None:
     for entry in row["accuracy"]:
         print(
-            f"{entry['solver']:21s} {entry['size']:5d}  {entry['spectrum']:8s} "
+            f"{entry['solver']:34s} {entry['size']:5d}  {entry['spectrum']:8s} "
             f"error {entry['error']:.1e}, residual {entry['residual']:.1e}, "
             f"{entry['iterations']:3d} steps{'' if entry['ok'] else ', NOT OK'}"
         )
     for entry in row["times"]:
         print(
-            f"{entry['solver']:21s} {entry['stack']}: {entry['ms']:.0f} ms, "
+            f"{entry['solver']:34s} {entry['stack']}: {entry['ms']:.0f} ms, "
             f"{entry['ratio']:.2f} times Eigh's {entry['eigh_ms']:.0f} ms"
         )
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_suite import kernels, parallel
 from jaxopt_suite.kernels import triangles
 from jaxopt_suite.optimizers import roots
+from jaxopt_suite.optimizers.roots import newton_db
 
 kernel = functools.partial(kernels.symmetric_product, impl="interpret")
 definition = functools.partial(kernels.symmetric_product, impl="xla")
@@ -143,6 +144,18 @@ def test_roots_by_one_triangle_are_less_accurate_by_a_factor_of_four_at_most(
     for a, x, y in zip(matrices, found.root, plain.root, strict=True):
         exact = psd.exact_root(a, order, relative=1e-6)
         assert psd.relative_error(x, exact) <= 4 * psd.relative_error(y, exact)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_newton_db_would_diverge_with_products_of_one_triangle(symmetric, monkeypatch):
+    """Why it has no ``product_impl``."""
+    if symmetric:
+        one_triangle = functools.partial(by_one_triangle, impl="pallas")
+        monkeypatch.setattr(newton_db, "product", one_triangle)
+    (a,) = matrices = psd.stack_of(1e6, scales=(1.0,))
+    found = roots.inverse_root(matrices, 4, solver=roots.NewtonDB())
+    error = psd.relative_error(found.root[0], psd.exact_root(a, 4, relative=1e-6))
+    assert error > 0.05 if symmetric else error < 1e-3
 
 
 def test_an_iteration_multiplies_by_the_kernel(small_tiles):
