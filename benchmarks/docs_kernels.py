@@ -6,8 +6,9 @@ from typing import Any
 
 from benchmarks import _results
 from benchmarks.markdown import measured, table
+from jaxopt_suite.parallel.chips import CHIPS
 
-_HEAD = ("case", "chip", "GFLOP", "MB moved", "temporary MB")
+_HEAD = ("case", "chip", "GFLOP", "MB moved", "ms for these", "temporary MB")
 _LEAVES = ("chip", "leaves", "loops", "temporary KB", "compile, s", "ms")
 _TIMES = ("kernel", "entries", "chip", "XLA, μs", "kernel, μs", "of bandwidth", "difference")
 
@@ -67,10 +68,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     both = lambda key, unit, digits: (
         f"{xla[key] / unit:.{digits}f} → {pallas[key] / unit:.{digits}f}"
     )
+    chip = CHIPS[row["topology"].partition(":")[0]]
     return [
         row["case"],
-        row["topology"].partition(":")[0],
+        chip.name,
         both("flops", 1e9, 2),
         both("bytes_accessed", 1e6, 1),
+        both("bytes_accessed", 1e-3 * chip.hbm_bandwidth / chip.devices, 2),
         both("temporary_bytes", 1e6, 1),
     ]

@@ -34,7 +34,7 @@ def test_the_page_shows_the_newest_row_of_a_case_and_says_where_there_is_none(tm
         row = {"kernel": "k", "case": "c", "topology": "v5e:2x2", "xla": figures, "pallas": figures}
         append(tmp_path / "kernels.json", row | made)
     text = docs_kernels.sections(tmp_path)["kernels"]
-    assert "| c | v5e | 0.00 → 0.00 | 8.0 → 8.0 | 0.0 → 0.0 |" in text
+    assert "| c | v5e | 0.00 → 0.00 | 8.0 → 8.0 | 0.01 → 0.01 | 0.0 → 0.0 |" in text
     assert "7.0" not in text
 
 
