@@ -175,7 +175,7 @@ def test_a_train_step_on_sixteen_chips_takes_less_memory_with_adam_in_8_bits():
     plain, plain_temporary = peak(optax.adamw(0.1), False)
     size = 4096 * 8192 // 16
     assert plain - held == pytest.approx((6 - 8 / 256) * size, rel=1e-3)
-    assert temporary <= 1.1 * plain_temporary
+    assert plain + plain_temporary - held - temporary > 5.75 * size
 
 
 @pytest.mark.parametrize("topology", CHIPS)
