@@ -1,7 +1,4 @@
-"""Running means of Gram matrices: their definition, and one triangle of them by kernels.
-
-That for GPUs is in ``gram_gpu``.
-"""
+"""Running means of Gram matrices: their definition, and one triangle of them by kernels."""
 
 import math
 
@@ -40,8 +37,8 @@ def gram_update(
     them: ``docs/guides/kernels.md``.
 
     Sums and products are in float32; those of float32 blocks with ``Precision.HIGHEST``, as
-    ``optimizers.roots.products`` says why, or as accurate (``gram_gpu``). Those of bfloat16 blocks
-    are exact and cost a sixth of it.
+    ``optimizers.roots.products`` says why, or as accurate (``triangles_gpu``). Those of bfloat16
+    blocks are exact and cost a sixth of it.
 
     Args:
       statistics: L, float32 or bfloat16 ``[k, d_i, d_i]``; the definition takes float64 too. The
@@ -70,13 +67,17 @@ def gram_update(
 
     def on_tpu(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
         mean = triangles.Mean(statistics, scalars)
-        settings = {"contracted": contracted, "mean": mean, "impl": chosen}
-        return triangles.symmetric("gram_update", matrices, matrices, **settings)
+        return triangles.symmetric(
+            "gram_update", matrices, matrices, contracted=contracted, mean=mean, impl=chosen
+        )
 
-    def on_gpu(*operands: jax.Array) -> jax.Array:
-        from jaxopt_suite.kernels import gram_gpu  # slow to import
+    def on_gpu(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
+        from jaxopt_suite.kernels import triangles_gpu  # slow to import
 
-        return gram_gpu.update(*operands, contracted=contracted)
+        mean = triangles.Mean(statistics, scalars)
+        return triangles_gpu.symmetric(
+            "gram_update", matrices, matrices, contracted=contracted, mean=mean
+        )
 
     return by_kernel("gram_update", on_tpu, chosen, *operands, cuda=on_gpu)
 

@@ -1,7 +1,5 @@
 """Products of symmetric matrices that commute, by one triangle."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -14,14 +12,16 @@ def symmetric_product(a: jax.Array, b: jax.Array, *, impl: Impl = "auto") -> jax
 
     Polynomials of one matrix commute, and those are what the iterations for matrix roots multiply.
 
-    **The kernel**, for TPUs, computes the tiles of 256 by 256 on and below the diagonal and writes
-    each of the others as the transpose of one: of 1024 rows ten tiles of sixteen, of 256 rows all
-    there is. What it gives is symmetric to the last bit, also where rounding has made the factors
-    commute no longer: it is the lower triangle that counts. Of b it reads rows for columns. Time
-    on hardware: unmeasured. What the compiler says of it: ``docs/guides/kernels.md``.
+    **The kernels**, for TPUs and for NVIDIA's Hopper GPUs, compute the tiles on and below the
+    diagonal and write each of the others as the transpose of one. On TPUs a tile is 256 by 256: of
+    1024 rows ten tiles of sixteen, of 256 rows all there is. On GPUs it is 128 by 128: thirty-six
+    of sixty-four, and three of four. What they give is symmetric to the last bit, also where
+    rounding has made the factors commute no longer: it is the lower triangle that counts. Of b they
+    read rows for columns. Time on hardware: unmeasured. What the compilers say of them:
+    ``docs/guides/kernels.md``.
 
     Sums and products are in float32 with ``Precision.HIGHEST``, as ``optimizers.roots.products``
-    says why.
+    says why, or as accurate (``triangles_gpu``).
 
     Args:
       a: float32 ``[k, n, n]``; the definition takes float64 too.
@@ -33,7 +33,7 @@ def symmetric_product(a: jax.Array, b: jax.Array, *, impl: Impl = "auto") -> jax
 
     Raises:
       ValueError, TypeError: for shapes that are not stacks of like squares, or dtypes that the
-        kernel does not take.
+        kernels do not take.
       NotImplementedError: see ``kernels.resolve``.
     """
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape != b.shape:
@@ -46,8 +46,16 @@ def symmetric_product(a: jax.Array, b: jax.Array, *, impl: Impl = "auto") -> jax
             raise TypeError(
                 f"the kernel takes {name} of float32, got {x.dtype}; impl='xla' takes others"
             )
-    kernel = functools.partial(triangles.symmetric, "symmetric_product", contracted=2, impl=chosen)
-    return by_kernel("symmetric_product", kernel, chosen, *alike_varying(a, b))
+
+    def on_tpu(a: jax.Array, b: jax.Array) -> jax.Array:
+        return triangles.symmetric("symmetric_product", a, b, contracted=2, impl=chosen)
+
+    def on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
+        from jaxopt_suite.kernels import triangles_gpu  # slow to import
+
+        return triangles_gpu.symmetric("symmetric_product", a, b, contracted=2)
+
+    return by_kernel("symmetric_product", on_tpu, chosen, *alike_varying(a, b), cuda=on_gpu)
 
 
 def symmetric_product_definition(a: jax.Array, b: jax.Array) -> jax.Array:

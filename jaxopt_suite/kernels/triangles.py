@@ -76,7 +76,8 @@ def symmetric(
 
     tile = (1, plan.tile, plan.tile)
     tables = jnp.asarray(plan.rows), jnp.asarray(plan.columns)
-    added, added_specs = (), []
+    added: tuple[jax.Array, ...] = ()
+    added_specs: list[pl.BlockSpec] = []
     if mean is not None:
         added = mean.scalars, mean.statistics
         read = lambda k, pair, step, rows, columns: (k, rows[pair], columns[pair])

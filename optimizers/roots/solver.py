@@ -60,10 +60,11 @@ class ByProducts(Solver):
 
     Attributes:
       product_impl: how: ``"auto"``, ``"xla"``, or by the kernel of ``kernels.symmetric_product``,
-        for float32 on TPUs, which computes one triangle. Rounding errors that the two triangles
-        have each for itself are then the same in both: roots of p = 4 are off by twice to three
-        times as much. ``NewtonDB`` multiplies factors that rounding makes commute no longer, and
-        stands on that: with symmetric products it diverges from a condition number of 1e4 on.
+        for float32 on TPUs and Hopper GPUs, which computes one triangle. Rounding errors that the
+        two triangles have each for itself are then the same in both: roots of p = 4 are off by
+        twice to three times as much. ``NewtonDB`` multiplies factors that rounding makes commute no
+        longer, and stands on that: with symmetric products it diverges from a condition number of
+        1e4 on.
     """
 
     product_impl: kernels.Impl = "auto"

@@ -136,7 +136,7 @@ def scale_by_shampoo(
       root_dtype: of the roots; ``None`` likewise.
       stack_multiple: pad every stack to a multiple of this many rows.
       gram_impl: how L and R are updated: ``"auto"``, ``"xla"``, or by the kernel of
-        ``kernels.gram_update`` for TPUs ``"pallas"``, ``"interpret"`` on a CPU.
+        ``kernels.gram_update`` for TPUs and Hopper GPUs ``"pallas"``, ``"interpret"`` on a CPU.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Updates keep their dtypes; arithmetic is in

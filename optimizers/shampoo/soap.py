@@ -200,7 +200,7 @@ def scale_by_soap(
       mu_dtype: of M; ``None`` is that of the arithmetic.
       stack_multiple: pad every stack to a multiple of this many rows.
       gram_impl: how L and R are updated: ``"auto"``, ``"xla"``, or by the kernel of
-        ``kernels.gram_update`` for TPUs ``"pallas"``, ``"interpret"`` on a CPU.
+        ``kernels.gram_update`` for TPUs and Hopper GPUs ``"pallas"``, ``"interpret"`` on a CPU.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Updates keep their dtypes; arithmetic is in

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_kernels import lowered
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import gram, gram_gpu
+from jaxopt_suite.kernels import gram, triangles, triangles_gpu
 
 B, W = 0.9, 0.1
-# With NumPy the interpreter multiplies, which warns of what is not finite.
-numpy_is_quiet = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 HARD = {"huge": 3.4e38, "small": 1e-22, "infinite": -np.inf, "nan": np.nan}
 
 
@@ -31,11 +28,14 @@ def given(shape, mode, dtype="float32", seed=0):
 
 def interpreted(statistics, blocks, decay=B, weight=W, mode=0):
     matrices, contracted = gram._unfolded(blocks, mode)
-    scalars = jnp.asarray([decay, weight], jnp.float32)
-    # A warpgroup that reads what another may not have written yet ends the run.
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    return gram_gpu.update(
-        statistics, matrices, scalars, contracted=contracted, interpret=interpret
+    mean = triangles.Mean(statistics, jnp.asarray([decay, weight], jnp.float32))
+    return triangles_gpu.symmetric(
+        "gram_update",
+        matrices,
+        matrices,
+        contracted=contracted,
+        mean=mean,
+        interpret=gpu_kernels.looking_for_races(),
     )
 
 
@@ -97,7 +97,7 @@ def test_interpreted_a_decay_of_one_and_a_weight_of_nothing_leave_the_statistic(
 
 
 @gpu_kernels.interpreted
-@numpy_is_quiet
+@gpu_kernels.numpy_is_quiet
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_interpreted_what_is_not_finite_spoils_its_row_and_column_and_no_other_block(dtype):
     statistics, blocks = given((3, 12, 20), 0, dtype)
@@ -108,7 +108,7 @@ def test_interpreted_what_is_not_finite_spoils_its_row_and_column_and_no_other_b
 
 
 @gpu_kernels.interpreted
-@numpy_is_quiet
+@gpu_kernels.numpy_is_quiet
 def test_interpreted_huge_and_tiny_entries_are_what_the_definition_makes_of_them():
     blocks = given((3, 12, 20), 0)[1]
     # Of the first block a row is near float32's maximum and its products with others are not.
@@ -122,76 +122,6 @@ def test_interpreted_huge_and_tiny_entries_are_what_the_definition_makes_of_them
     # Sums that cancel, and denormal ones, which may be flushed.
     size = np.einsum("kan,kbn->kab", *[np.abs(np.asarray(blocks, np.float64))] * 2)
     assert np.all(np.abs(found - plain)[finite] <= (2.0**-22 * size + 1.2e-38)[finite])
-
-
-@pytest.mark.parametrize("power", [0, 30, 100, -90])
-def test_three_bfloat16_numbers_are_a_float32_number_and_get_smaller(power):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 40)) * 2.0**power, jnp.float32)
-    x = x.at[0, 0].set(jnp.finfo(jnp.float32).max).at[0, 1].set(0)
-    parts = jax.jit(gram_gpu.split)(x)
-    assert [part.dtype for part in parts] == [jnp.bfloat16] * 3
-    high, middle, low = (np.asarray(part, np.float64) for part in parts)
-    np.testing.assert_array_equal(high + middle + low, np.asarray(x, np.float64))
-    assert np.all(np.abs(high) <= np.abs(x))
-    assert np.all(np.abs(middle) <= 2.0**-7 * np.abs(high))
-    assert np.all(np.abs(low) <= 2.0**-16 * np.abs(high))
-
-
-def test_what_is_not_finite_is_in_the_first_part_alone_and_bfloat16_is_its_own_only_part():
-    bad = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan], jnp.float32)
-    high, middle, low = gram_gpu.split(bad)
-    np.testing.assert_array_equal(high.astype(jnp.float32), bad)
-    np.testing.assert_array_equal(jnp.stack([middle, low]), 0)
-    (only,) = gram_gpu.split(bad.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(only.astype(jnp.float32), bad)
-
-
-def cut(x, quantum):
-    """To a multiple of the quantum, toward zero."""
-    return np.trunc(x / quantum) * quantum
-
-
-def as_tensor_cores_add(total, left, right):
-    """A model of an instruction, at its worst: each of 16 products and the sum are cut to 24 bits.
-
-    What is cut off is below the last bit of the largest of them.
-    """
-    terms = np.concatenate([total[..., None], left[:, None] * right[None]], axis=-1)
-    last_bit = lambda x: 2.0 ** (np.frexp(np.where(x == 0, 1e-30, np.abs(x)))[1] - 24)
-    added = np.sum(cut(terms, last_bit(np.max(np.abs(terms), axis=-1))[..., None]), axis=-1)
-    return cut(added, last_bit(added))
-
-
-def by_model(x, depth):
-    """The Gram matrix of x, by the products and steps of the kernel."""
-    parts = [np.asarray(part, np.float64) for part in gram_gpu.split(x)]
-    total = np.zeros((len(x), len(x)), np.float32)
-    for step in range(0, x.shape[1], depth):
-        added = np.zeros(total.shape)
-        for i, j in gram_gpu._PRODUCTS[len(parts)]:
-            for first in range(step, min(step + depth, x.shape[1]), 16):
-                columns = slice(first, first + 16)
-                added = as_tensor_cores_add(added, parts[i][:, columns], parts[j][:, columns])
-        total = total + added.astype(np.float32)
-    return total
-
-
-@pytest.mark.parametrize(("dtype", "spread"), [("float32", 0), ("float32", 6), ("bfloat16", 0)])
-def test_cut_off_sums_of_a_step_are_as_accurate_as_float32_and_those_of_all_steps_are_not(
-    dtype, spread
-):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 1024)) * 10 ** rng.uniform(-spread, spread, size=(60, 1024))
-    x = jnp.asarray(x, dtype)
-    wide = np.asarray(x, np.float64)
-    exact, size = wide @ wide.T, np.abs(wide) @ np.abs(wide).T
-    error = lambda found: (np.asarray(found, np.float64) - exact) / size
-    plain = gram.gram_update_definition(jnp.zeros((1, 60, 60)), x[None], 0.0, 1.0, 0)[0]
-    depth = gram_gpu._Plan.of(x[None], 2).depth
-    stepwise, at_once = error(by_model(x, depth)), error(by_model(x, 1024))
-    assert np.mean(stepwise**2) <= np.mean(error(plain) ** 2)
-    assert np.max(np.abs(stepwise)) <= 2.0**-20
-    assert np.mean(np.diag(at_once)) < 5 * np.mean(np.diag(stepwise)) < 0  # too small, both
 
 
 def programs(shape=(2, 200, 300)):

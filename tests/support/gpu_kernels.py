@@ -23,7 +23,14 @@ compiled = pytest.mark.skipif(
     None in map(importlib.util.find_spec, ("jax_plugins", "jax_cuda12_plugin")),
     reason="needs jax-cuda12-pjrt, jax-cuda12-plugin and ptxas",
 )
+# With NumPy the interpreter multiplies, which warns of what is not finite.
+numpy_is_quiet = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 TARGETS = [("h100", "sm_90a"), ("b200", "sm_100a")]
+
+
+def looking_for_races():
+    """What interprets a kernel, and ends it where a warpgroup reads what may not be written yet."""
+    return plgpu.InterpretGPUParams(detect_races=True)
 
 
 def lowered(fn, *arguments, platform="cuda"):
@@ -35,13 +42,18 @@ def compile_programs(gpu, programs, temporary=100):
 
     JAX keeps a compiled kernel by its text, and not by the GPU.
     """
-    devices = np.array(topologies.describe(f"{gpu}:1x1x1").devices)
-    place = NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
     for fn, arguments in programs.values():
-        arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
-        program = jax.jit(fn).lower(*arguments).compile()
+        program = program_for(gpu, fn, *arguments)
         assert program.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
         assert program.memory_analysis().temp_size_in_bytes < temporary  # nothing is laid out anew
+
+
+def program_for(gpu, fn, *arguments):
+    """What is compiled of a function for a GPU that is not there."""
+    devices = np.array(topologies.describe(f"{gpu}:1x1x1").devices)
+    place = NamedSharding(Mesh(devices, ("chip",), axis_types=(AxisType.Auto,)), P())
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arguments]
+    return jax.jit(fn).lower(*arguments).compile()
 
 
 def reports(test_file, gpu, folder):
