@@ -1,13 +1,18 @@
-"""The arithmetic that the kernels for Hopper share: numbers in three parts, and cut-off sums."""
+"""What the kernels for Hopper share: numbers in three parts, cut-off sums, and a train step."""
 
+import gpu_kernels
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import symmetric_pairs as pairs
+from jax.sharding import PartitionSpec as P
 
-from jaxopt_suite import kernels
+from jaxopt_suite import kernels, parallel
 from jaxopt_suite.kernels import gram, triangles_gpu
+from jaxopt_suite.optimizers import roots
+from jaxopt_suite.optimizers.shampoo import shampoo
+from jaxopt_suite.parallel import topologies
 
 
 @pytest.mark.parametrize("power", [0, 30, 100, -90])
@@ -90,3 +95,28 @@ def test_cut_off_sums_of_a_step_are_as_accurate_as_float32_where_the_factors_com
     plain = error(kernels.symmetric_product(a, b, impl="xla")[0, :60, 250:310])
     assert np.mean(stepwise**2) <= np.mean(plain**2)
     assert np.max(np.abs(stepwise)) <= 2.0**-20
+
+
+def compile_for(gpu):
+    devices = topologies.describe(f"{gpu}:1x4x1").devices
+    mesh = parallel.make_mesh({"data": 2, "model": 2}, devices=devices)
+    params = {"w": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
+    solver = roots.CoupledNewton(product_impl="pallas")
+    settings = {"block_size": 256, "solver": solver, "stack_multiple": 4}
+    tx = shampoo(0.1, gram_impl="pallas", **settings)
+    loss = lambda p, batch: jnp.mean(jnp.square(batch @ p["w"]))
+    step = parallel.make_train_step(loss, tx, mesh, param_specs={"w": P(None, "model")})
+    program = step.lower(params, jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile()
+    calls = [line for line in program.as_text().splitlines() if "mosaic_gpu_v2" in line]
+    assert sum("gram_update" in line for line in calls) == 2  # one a side
+    assert sum("symmetric_product" in line for line in calls) == 4  # a step of Newton's has as many
+    assert len(calls) == 6
+
+
+@gpu_kernels.compiled
+def test_a_train_step_on_four_chips_has_the_kernels_of_shampoo_on_every_one(tmp_path):
+    reports = gpu_kernels.reports(__file__, "h100", tmp_path)
+    for name in ("gram_update", "symmetric_product"):
+        assert any(name in report for report in reports)
+    for report in reports:
+        gpu_kernels.assert_nothing_spilled(report, "sm_90a")
