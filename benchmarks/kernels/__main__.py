@@ -5,8 +5,9 @@ Needs the extra ``tpu-aot``, and no TPU: nothing is run, so there are no times a
 ``python -m benchmarks.kernels time [KERNEL ...]``: times them, on the TPU or the GPU of this
 machine, and appends rows to ``kernels_times.json``.
 
-``python -m benchmarks.kernels leaves``: a step over many small leaves, one by one and packed, on
-the CPU and as the compilers that are installed make it; appends to ``kernels_leaves.json``.
+``python -m benchmarks.kernels leaves [CHIP ...]``: a step over many small leaves, one by one and
+packed, on the CPU and as the compilers that are installed make it; appends to
+``kernels_leaves.json``.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
     parser.add_argument(
-        "names", nargs="*", help="leaves; or time; kernels, or train_step: all by default"
+        "names", nargs="*", help="leaves, and chips; time; kernels, or train_step: all by default"
     )
     options = parser.parse_args(arguments)
     command = " ".join(["python -m benchmarks.kernels", *options.names])
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if what == "time":
         file, rows = TIMES, times.measure(names)
     elif what == "leaves":
-        file, rows = LEAVES, leaves.measure()
+        file, rows = LEAVES, leaves.measure(names)
     else:
         file, rows = RESULTS, figures.measure(options.names)
     try:

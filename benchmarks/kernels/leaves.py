@@ -9,7 +9,7 @@ import functools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks import _results
 from jaxopt_suite.parallel import topologies
 
 LEAVES, ENTRIES = 500, 1024
@@ -30,18 +31,38 @@ WAYS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def measure(
-    leaves: int = LEAVES, *, clock: Callable[[], float] = time.perf_counter
+    chips: Sequence[str] = (),
+    *,
+    leaves: int = LEAVES,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[dict[str, Any]]:
-    """A row for the CPU, with times; and one for each chip whose compiler is installed."""
+    """A row for the CPU, with times, and one for each chip.
+
+    Args:
+      chips: of these alone; none: all whose compilers are installed.
+      leaves: of the tree.
+      clock: seconds.
+
+    Raises:
+      UserError: for a chip there is not.
+      ModuleNotFoundError: if the compiler for one that was asked for is not installed.
+    """
+    _results.check_names("chip", chips, ["cpu", *CHIPS])
     params = {f"leaf_{i}": jax.ShapeDtypeStruct((ENTRIES,), jnp.float32) for i in range(leaves)}
-    found = {name: _compiled(make(), params, None, clock) for name, make in WAYS.items()}
-    milliseconds = _times({name: program for name, (program, _) in found.items()}, params, clock)
-    row = {name: figures | {"ms": milliseconds[name]} for name, (_, figures) in found.items()}
-    yield _shown({"chip": "cpu", "leaves": leaves, "entries": ENTRIES} | row)
+    if not chips or "cpu" in chips:
+        found = {name: _compiled(make(), params, None, clock) for name, make in WAYS.items()}
+        programs = {name: program for name, (program, _) in found.items()}
+        times = _times(programs, params, clock)
+        row = {name: figures | {"ms": times[name]} for name, (_, figures) in found.items()}
+        yield _shown({"chip": "cpu", "leaves": leaves, "entries": ENTRIES} | row)
     for chip, topology in CHIPS.items():
+        if chips and chip not in chips:
+            continue
         try:
             devices = np.array(topologies.describe(topology).devices[:1])
         except ModuleNotFoundError as missing:
+            if chips:
+                raise
             print(f"{chip}: {missing}", flush=True)
             continue
         mesh = Mesh(devices, ("chip",), axis_types=(AxisType.Auto,))

@@ -41,7 +41,7 @@ def test_the_page_shows_the_newest_row_of_a_case_and_says_where_there_is_none(tm
 def test_leaves_are_timed_on_the_cpu_and_the_page_says_what_was_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(leaves, "CHIPS", {})
     seconds = itertools.count(step=0.25)
-    (row,) = leaves.measure(3, clock=lambda: next(seconds))
+    (row,) = leaves.measure(leaves=3, clock=lambda: next(seconds))
     assert row["tree"]["ms"] == row["packed"]["ms"] == 250
     assert row["tree"]["loops"] >= 3
     made = dict.fromkeys(("date", "our_commit", "hardware", "command"), "x")
@@ -55,6 +55,11 @@ def test_leaves_are_timed_on_the_cpu_and_the_page_says_what_was_not_timed(tmp_pa
     assert "| cpu | 3 of 1024 |" in text
     assert "| 250 → 250 |" in text
     assert text.count("unmeasured") == 1
+
+
+def test_leaves_for_an_unknown_chip_are_refused_with_the_list_of_those_there_are(capsys):
+    assert command.main(["leaves", "v5"]) == 2
+    assert "no chip 'v5'; there are: cpu, v5e, h100" in capsys.readouterr().err
 
 
 def test_times_are_refused_on_a_cpu(capsys, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ OWN = {
     "parity.json": {"method", "repository", "commit", "steps", "shapes", "dtype", "cases"}
     | {"largest_relative_difference", "limit", "departures"},
     "step_time.json": {"preset", "parameters", "optimizers"},
+    "step_time_kernels.json": {"preset", "parameters", "optimizers"},
+    "kernels_leaves.json": {"chip", "leaves", "entries", "tree", "packed"},
     "train_memory.json": {"preset", "steps", "optimizers"},
     "plan.json": {"plan", "preset", "optimizer", "topology", "mesh", "seconds", "memory_bytes"}
     | {"memory_total", "compiler_bytes", "flops"},
