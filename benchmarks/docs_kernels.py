@@ -25,10 +25,10 @@ def sections(results: pathlib.Path) -> dict[str, str]:
 def _programs(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "No measurements yet.\n"
-    newest = {(row["kernel"], row["case"], row["topology"]): row for row in rows}
+    dates = {row["kernel"]: row["date"] for row in rows}  # of the newest run, which has all cases
     parts = []
-    for kernel in dict.fromkeys(row["kernel"] for row in newest.values()):
-        own = [row for row in newest.values() if row["kernel"] == kernel]
+    for kernel, date in dates.items():
+        own = [row for row in rows if (row["kernel"], row["date"]) == (kernel, date)]
         parts += [f"**`{kernel}`**\n", table(_HEAD, map(_cells, own)), measured(own[-1])]
     return "\n".join(parts)
 

@@ -39,8 +39,8 @@ def measure(names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
             print(_line(row), flush=True)
             yield row
     if not names or steps.NAME in names:
-        for what, topology, programs in steps.programs():
-            row = {"kernel": steps.NAME, "case": what, "topology": topology}
+        for what, programs in steps.programs():
+            row = {"kernel": steps.NAME, "case": what, "topology": steps.POD}
             row |= {impl: _figures(program) for impl, program in programs.items()}
             print(_line(row), flush=True)
             yield row
