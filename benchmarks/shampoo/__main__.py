@@ -7,6 +7,7 @@ PyTorch and ``--reference``, a clone of facebookresearch/optimizers.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=pathlib.Path, help="clone to compare updates with")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="file to append to")
     options = parser.parse_args(arguments)
+    # As the command line has it; read when LAPACK is loaded, by the first decomposition.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         row, kept = _measure(options)
     except UserError as error:
