@@ -147,8 +147,13 @@ def alike_varying(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
     Inside a ``shard_map`` the operands of a ``pallas_call`` must agree in this.
     """
+    return vary_as(arrays, *arrays)
+
+
+def vary_as(found: Any, *arrays: jax.Array) -> Any:
+    """A tree of arrays, all varying over the mesh axes that any of the others varies over."""
     axes = frozenset[str]().union(*map(core.varying_axes, arrays))
-    return core.vary(arrays, sorted(axes))
+    return core.vary(found, sorted(axes))
 
 
 def struct_like(shape: Iterable[int], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:

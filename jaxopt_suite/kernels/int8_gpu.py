@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
-from jaxopt_suite.kernels.implementations import without_own
+from jaxopt_suite.kernels.implementations import vary_as, without_own
 from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, ROWS, WHOLE, padded, spread
 
 _LEVELS = 127.0
@@ -138,8 +138,7 @@ def mean(
         padded(scales, WHOLE),
         *(padded(x.reshape(-1), block).reshape(rows, block) for x in own),
     )
-    axes = frozenset[str]().union(*map(core.varying_axes, (worker, codes, scales, *own)))
-    return core.vary(mean.reshape(-1)[:size].reshape(shape), sorted(axes))
+    return vary_as(mean.reshape(-1)[:size].reshape(shape), worker, codes, scales, *own)
 
 
 def _mean_tile(

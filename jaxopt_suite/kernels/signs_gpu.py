@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxopt_suite import core
-from jaxopt_suite.kernels.implementations import without_own
+from jaxopt_suite.kernels.implementations import vary_as, without_own
 from jaxopt_suite.kernels.rows_gpu import LAYOUT, PARAMETERS, WHOLE, padded, spread
 from jaxopt_suite.kernels.signs import Scale
 
@@ -172,8 +172,7 @@ def mean(
         padded(scales.reshape(workers, _SLABS, rows), WHOLE),
         *(x.reshape(_SLABS, rows, block) for x in own),
     )
-    axes = frozenset[str]().union(*map(core.varying_axes, (worker, bits, scales, *own)))
-    return core.vary(mean.reshape(shape), sorted(axes))
+    return vary_as(mean.reshape(shape), worker, bits, scales, *own)
 
 
 def _mean_tile(

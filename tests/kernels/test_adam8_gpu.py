@@ -161,13 +161,7 @@ PARTS = {"float32, a row ends inside a block": ((64, 400), 256, "float32")}
 @pytest.mark.parametrize("case", [*WHOLE.values(), *PARTS.values()])
 def test_on_each_platform_its_own_kernel_and_no_other_is_in_the_program(case):
     fn, arguments = programs(*case)
-    for platform, target, other in (
-        ("cuda", "mosaic_gpu_v2", "tpu_custom_call"),
-        ("tpu", "tpu_custom_call", "mosaic_gpu_v2"),
-    ):
-        text = lowered(fn, *arguments, platform=platform)
-        assert text.count(f"@{target}") == 1
-        assert f"@{other}" not in text
+    gpu_kernels.assert_its_own_kernel_on_each_platform(fn, arguments)
 
 
 def test_leaves_that_it_does_not_take_are_left_to_the_compiler():

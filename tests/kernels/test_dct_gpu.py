@@ -193,13 +193,7 @@ def programs():
 @pytest.mark.parametrize("name", list(programs()))
 def test_on_each_platform_its_own_kernel_and_no_other_is_in_the_program(name):
     fn, arguments = programs()[name]
-    for platform, target, other in (
-        ("cuda", "mosaic_gpu_v2", "tpu_custom_call"),
-        ("tpu", "tpu_custom_call", "mosaic_gpu_v2"),
-    ):
-        text = lowered(fn, *arguments, platform=platform)
-        assert text.count(f"@{target}") == 1
-        assert f"@{other}" not in text
+    gpu_kernels.assert_its_own_kernel_on_each_platform(fn, arguments)
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,7 @@ def programs(k=2, n=200):
 @pytest.mark.parametrize("name", list(programs()))
 def test_on_each_platform_its_own_kernel_and_no_other_is_in_the_program(name):
     fn, arguments = programs()[name]
-    for platform, target, other in (
-        ("cuda", "mosaic_gpu_v2", "tpu_custom_call"),
-        ("tpu", "tpu_custom_call", "mosaic_gpu_v2"),
-    ):
-        text = lowered(fn, *arguments, platform=platform)
-        assert text.count(f"@{target}") == 1
-        assert f"@{other}" not in text
+    gpu_kernels.assert_its_own_kernel_on_each_platform(fn, arguments)
 
 
 def test_inside_shard_map_and_under_vmap_it_lowers_for_gpus():

@@ -37,6 +37,16 @@ def lowered(fn, *arguments, platform="cuda"):
     return jax.jit(fn).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+def assert_its_own_kernel_on_each_platform(fn, arguments):
+    for platform, target, other in (
+        ("cuda", "mosaic_gpu_v2", "tpu_custom_call"),
+        ("tpu", "tpu_custom_call", "mosaic_gpu_v2"),
+    ):
+        text = lowered(fn, *arguments, platform=platform)
+        assert text.count(f"@{target}") == 1
+        assert f"@{other}" not in text
+
+
 def compile_programs(gpu, programs, temporary=100):
     """Compiles functions, each with its arguments; to be called in a process of its own.
 
