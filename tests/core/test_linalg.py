@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_suite.core.linalg import batch_factorisation, by_runs
+from jaxopt_suite.core.linalg import batch_factorisation
 
 MATRICES = np.random.default_rng(0).normal(size=(35, 6, 4)).astype(np.float32)
 
@@ -44,23 +44,6 @@ def test_a_batch_gives_what_its_matrices_give(rows, transform):
     for found, matrix in zip(got["values"][0], expected.astype(np.float64), strict=True):
         alone = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [0, 1, 20, 21, 35, 61])
-def test_work_by_runs_is_the_work_and_takes_at_most_twenty_rows_on_a_cpu(rows):
-    seen = []
-
-    def work(tree, shift):
-        seen.append(len(shift))
-        return {"sum": jnp.sum(tree["m"], axis=(1, 2)) + shift, "rows": tree["m"][:, 0]}
-
-    matrices = np.random.default_rng(0).normal(size=(rows, 6, 4)).astype(np.float32)
-    shifts = np.arange(rows, dtype=np.float32)
-    got = jax.jit(by_runs(work))({"m": matrices}, shifts)
-    np.testing.assert_allclose(got["sum"], matrices.sum((1, 2)) + shifts, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got["rows"], matrices[:, 0])
-    assert min(seen) == min(rows, {21: 11, 35: 18, 61: 16}.get(rows, rows))
-    assert max(seen) == rows  # what an accelerator is given
 
 
 def test_under_vmap_the_batches_are_one_and_each_gets_its_own():
