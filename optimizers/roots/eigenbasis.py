@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxopt_suite import core
 from jaxopt_suite.optimizers.roots.panels import panel_qr
-from jaxopt_suite.optimizers.roots.products import distance_to_identity, product
+from jaxopt_suite.optimizers.roots.products import distance_to_identity, product, symmetric_part
 from jaxopt_suite.optimizers.roots.spectral import decompose
 from jaxopt_suite.optimizers.roots.stack import cleaned, inside_of
 
@@ -80,6 +80,7 @@ def eigenbasis(
             f"got {jnp.shape(previous)}"
         )
     scaled, exponent, finite = cleaned(matrices, inside)
+    scaled = symmetric_part(scaled)
     start = None if previous is None else jnp.asarray(previous, scaled.dtype)
     found = (
         _decomposed(scaled, inside, start)

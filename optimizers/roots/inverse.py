@@ -43,6 +43,7 @@ def inverse_root(
     solver: str | Solver = "eigh",
     damping: Damping = Relative(),  # noqa: B008  frozen
     sizes: jax.Array | None = None,
+    symmetrize_input: bool = True,
 ) -> RootResult:
     r"""$(A + \rho I)^{-1/p}$ of every symmetric positive semidefinite matrix of a stack.
 
@@ -68,13 +69,17 @@ def inverse_root(
     | ``Chebyshev`` | any | its degree - 1, and 3 |
 
     Args:
-      matrices: real floating ``[k, b, b]``; the symmetric part counts.
+      matrices: real floating ``[k, b, b]``; the symmetric part counts, see ``symmetrize_input``.
       order: p of the exponent -1/p, an int or ``Fraction`` above 0: ``Fraction(5, 2)`` for -2/5.
       solver: one of ``SOLVERS`` by name, with its defaults, or an object.
       damping: ρ: ``Relative``, ``Absolute``, or ``PseudoInverse`` (with ``Eigh``).
       sizes: int32 ``[k]``, from 0 to b: the true size of each matrix, where smaller ones are
         padded to b. Nothing in the padding is read, and the result is that of the matrix without
         it; a size of 0 makes a filler. ``None``: all are of size b.
+      symmetrize_input: take the symmetric part first. ``False`` says that the matrices are
+        symmetric but for rounding, as sums of ``G G^T`` are: on a CPU, where adding the transpose
+        is a sixth of a decomposition's time, ``Eigh`` then reads one triangle, and others the
+        matrix as it is.
 
     Returns:
       A ``RootResult``.
@@ -87,7 +92,7 @@ def inverse_root(
     check_damping(damping)
     order = _checked_order(order)
     solver.check(order, damping)
-    stack = make_stack(matrices, damping, sizes)
+    stack = make_stack(matrices, damping, sizes, symmetrize_input)
     solved = solver.solve(stack, order)
     root = unscaled(without_padding(solved.root, stack.inside), stack.exponent, order)
     there = stack.finite & jnp.all(jnp.isfinite(root), axis=(1, 2)) & jnp.isfinite(solved.error)

@@ -89,22 +89,31 @@ def decompose(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Ar
 def _ascending(matrices: jax.Array, inside: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues in ascending order and eigenvectors; the padding comes last, as its rows do."""
     above = 1 + jnp.max(jnp.sum(jnp.abs(matrices), axis=2), axis=1)
-    eigh = core.batch_factorisation(
-        lambda a: tuple(jnp.linalg.eigh(a, symmetrize_input=False)), tpu=_jacobi
+    values, rows = core.batch_factorisation(_by_rows, tpu=_jacobi)(
+        fill_padding(matrices, inside, above)
     )
-    values, vectors = eigh(fill_padding(matrices, inside, above))
-    return values, vectors
+    return values, jnp.swapaxes(rows, -1, -2)
+
+
+def _by_rows(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, and eigenvectors in rows.
+
+    LAPACK counts by columns: to it the transposed matrix, which is the same, and these rows lie in
+    memory as they do here, and nothing has to be copied.
+    """
+    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
+    return values, vectors.T
 
 
 def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a batch, by rotations: what JAX takes up to 256 rows on TPUs.
+    """The same of a batch by rotations: what JAX takes up to 256 rows on TPUs.
 
     Beyond that its choice is a recursion, which has no types for a ``shard_map`` and takes minutes
     to compile.
     """
     method = jax.lax.linalg.EighImplementation.JACOBI
     vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=False, implementation=method)
-    return values, vectors
+    return values, jnp.swapaxes(vectors, 1, 2)
 
 
 def _residual(

@@ -60,18 +60,24 @@ class Damped(NamedTuple):
     ridge: jax.Array  # [k]: what was added to the diagonal, scaled
 
 
-def make_stack(matrices: jax.Array, damping: Damping, sizes: jax.Array | None) -> Stack:
+def make_stack(
+    matrices: jax.Array, damping: Damping, sizes: jax.Array | None, symmetrize_input: bool
+) -> Stack:
     """Checks, cleans and scales.
 
     Args:
-      matrices: ``[k, b, b]``; the symmetric part counts.
+      matrices: ``[k, b, b]``.
       damping: what a solver is to add.
       sizes: int32 ``[k]``, from 0 to b: of each matrix only the leading block of this size is
         read. ``None``: all of it.
+      symmetrize_input: whether to take the symmetric part.
     """
     inside = inside_of(matrices, sizes)
     least = damping.epsilon if isinstance(damping, Absolute) else 0.0
     scaled, exponent, finite = cleaned(matrices, inside, jnp.maximum(least, LEAST_SCALE))
+    on_cpu = symmetric_part if symmetrize_input else lambda x: x
+    # Elsewhere the transpose costs nothing, and keeps TPUs from turning the whole stack around.
+    scaled = jax.lax.platform_dependent(scaled, cpu=on_cpu, default=symmetric_part)
     return Stack(scaled, inside, exponent, finite, damping)
 
 
@@ -110,7 +116,7 @@ def _check_range(sizes: np.ndarray, b: int) -> None:
 def cleaned(
     matrices: jax.Array, inside: jax.Array, least: jax.typing.ArrayLike = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Symmetric, float32 at least, of one scale; zero in the padding and where not finite.
+    """Float32 at least, of one scale; zero in the padding and where not finite.
 
     Args:
       matrices: ``[k, b, b]``.
@@ -128,7 +134,7 @@ def cleaned(
     clean = jnp.where(finite[:, None, None], masked, 0)
     entry = jnp.max(jnp.abs(clean), axis=(1, 2))
     _, exponent = jnp.frexp(jnp.maximum(entry, jnp.asarray(least, entry.dtype)))
-    return symmetric_part(times_power_of_two(clean, -exponent)), exponent, finite
+    return times_power_of_two(clean, -exponent), exponent, finite
 
 
 def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -149,7 +155,8 @@ def add_to_diagonal(matrices: jax.Array, values: jax.Array) -> jax.Array:
 
 def fill_padding(matrices: jax.Array, inside: jax.Array, value: jax.Array) -> jax.Array:
     """Puts ``value [k]`` on the padding's diagonal, where an iteration has its fixed point."""
-    return add_to_diagonal(matrices, jnp.where(inside, 0, value[:, None]))
+    diagonal = np.eye(inside.shape[1], dtype=bool)[None]
+    return jnp.where(diagonal & ~inside[:, :, None], value[:, None, None], matrices)
 
 
 def without_padding(matrices: jax.Array, inside: jax.Array) -> jax.Array:
