@@ -14,34 +14,55 @@ Place = tuple[str, int]  # the name of a stack of blocks, and one of its modes
 
 def in_batches(
     work: Callable[..., Any],
-    arrays: Mapping[Place, tuple[jax.Array, ...]],
+    operands: Mapping[Place, tuple[Any, ...]],
     kind: Callable[[Place], Hashable] = lambda place: None,
 ) -> dict[Place, Any]:
-    """Calls ``work`` once for all places whose arrays have the same shapes but for their rows.
+    """Calls ``work`` once for all places whose operands have the same shapes but for their rows.
 
     On a CPU a loop calls it, for some of the rows at a time.
 
     Args:
-      work: ``(kind, *arrays) -> pytree of arrays``, all with a leading axis of rows; each row of
-        the result is made of that row of the arrays.
-      arrays: for each place as many arrays ``[rows, ...]`` as ``work`` takes.
+      work: ``(kind, *operands) -> pytree of arrays``, all with a leading axis of rows; each row of
+        the result is made of that row of the operands.
+      operands: for each place what ``work`` takes: pytrees of arrays ``[rows, ...]``.
       kind: places of different kinds are not put together.
 
     Returns:
       For each place what ``work`` gave for its rows.
     """
     batches: dict[Any, list[Place]] = {}
-    for place, columns in arrays.items():
-        key = kind(place), tuple((x.shape[1:], x.dtype) for x in columns)
+    for place, given in operands.items():
+        key = kind(place), tuple((x.shape[1:], x.dtype) for x in jax.tree.leaves(given))
         batches.setdefault(key, []).append(place)
     result: dict[Place, Any] = {}
     for (of_kind, _), places in batches.items():
-        together = zip(*(arrays[place] for place in places), strict=True)
         run = core.by_runs(functools.partial(work, of_kind))
-        done = run(*(jnp.concatenate(column) for column in together))
+        done = run(*jax.tree.map(lambda *x: jnp.concatenate(x), *map(operands.get, places)))
         start = 0
         for place in places:
-            stop = start + len(arrays[place][0])
+            stop = start + len(jax.tree.leaves(operands[place])[0])
             result[place] = jax.tree.map(lambda x, a=start, b=stop: x[a:b], done)
             start = stop
     return result
+
+
+def update_in_batches(
+    work: Callable[..., Any],
+    operands: dict[Place, tuple[Any, ...]],
+    kind: Callable[[Place], Hashable],
+) -> dict[Place, Any]:
+    """``in_batches`` for work that gives what the first operand is to become.
+
+    On a CPU each place is by itself, and what is new is written over what was there: to put places
+    together and to part them again would take a tenth of the time of their decompositions.
+    """
+
+    def by_itself(operands: dict[Place, tuple[Any, ...]]) -> dict[Place, Any]:
+        return {
+            place: core.update_rows(functools.partial(work, kind(place)), *given, calls=True)
+            for place, given in operands.items()
+        }
+
+    together = functools.partial(in_batches, work, kind=kind)
+    on_cpu, elsewhere = core.alike([by_itself, together], operands)
+    return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)

@@ -185,22 +185,12 @@ def wide(tree: Any) -> Any:
     return jnp.result_type(jnp.float32, *jax.tree.leaves(tree))
 
 
-def usable(gradients: Stacks) -> tuple[Stacks, dict[str, jax.Array]]:
-    """Gradients whose squares are numbers, zero in place of others.
-
-    Returns:
-      The gradients, and for each stack which blocks those are: bool ``[rows]``.
-    """
-    good = {
+def usable(gradients: Stacks) -> dict[str, jax.Array]:
+    """Which blocks' squares are numbers: for each stack bool ``[rows]``."""
+    return {
         name: jnp.isfinite(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))))
         for name, g in gradients.items()
     }
-    return {name: where_rows(good[name], g, 0) for name, g in gradients.items()}, good
-
-
-def where_rows(rows: jax.Array, x: jax.Array, other: jax.typing.ArrayLike) -> jax.Array:
-    """``x`` in the rows that are true, bool ``[rows]``, and ``other`` elsewhere."""
-    return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, other)
 
 
 def _segments(size: int, block_size: int) -> list[tuple[int, int, int]]:
@@ -235,9 +225,30 @@ def _cut(leaf: jax.Array, region: Region) -> jax.Array:
 
 
 def _joined(parts: Sequence[jax.Array], rows: int) -> jax.Array:
-    stack = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    """One array of ``rows``; zero where there are not so many."""
+    if len(parts) == 1 and len(parts[0]) == rows:
+        return parts[0]
+    return jax.lax.platform_dependent(
+        *parts,
+        cpu=lambda *parts: _written_in_turn(parts, rows),
+        default=lambda *parts: _concatenated(parts, rows),
+    )
+
+
+def _concatenated(parts: Sequence[jax.Array], rows: int) -> jax.Array:
+    stack = jnp.concatenate(parts)
     missing = rows - len(stack)
     return jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
+
+
+def _written_in_turn(parts: Sequence[jax.Array], rows: int) -> jax.Array:
+    """Each part is cut straight into its place; XLA would cut all of them first, and then join."""
+    stack, start = jnp.zeros((rows, *parts[0].shape[1:]), parts[0].dtype), 0
+    stack = core.vary(stack, frozenset().union(*map(core.varying_axes, parts)))
+    for part in parts:
+        stack = jax.lax.dynamic_update_slice_in_dim(stack, part, start, 0)
+        start += len(part)
+    return stack
 
 
 def _assembled(pieces: dict[Shape, jax.Array]) -> jax.Array:

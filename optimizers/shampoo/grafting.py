@@ -55,35 +55,31 @@ def direction(
     return blocks / (jnp.sqrt(nu) + jnp.asarray(eps, nu.dtype))
 
 
-def rescaled(updates: Stacks, like: Stacks, site: Site, scope: Scope) -> Stacks:
-    """``updates`` with the lengths (root of the sum of squares) of ``like``; zeros stay zeros.
-
-    Args:
-      updates: the blocks of a tree.
-      like: the same shapes.
-      site: whose the rows are.
-      scope: ``"block"``: each block has a length of its own. ``"parameter"``: those of one leaf
-        have one together.
-    """
-    wanted, found = (_square_lengths(x, site, scope) for x in (like, updates))
-
-    def one(name: str, update: jax.Array) -> jax.Array:
-        nonzero = jnp.where(found[name] > 0, found[name], 1)
-        ratio = jnp.sqrt(wanted[name] / nonzero)
-        return update * ratio.reshape(-1, *[1] * (update.ndim - 1))
-
-    return {name: one(name, update) for name, update in updates.items()}
+def square_lengths(blocks: jax.Array) -> jax.Array:
+    """The sum of squares of each block: ``[rows]``."""
+    return jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
 
 
-def _square_lengths(stacks: Stacks, site: Site, scope: Scope) -> Stacks:
-    """For each row of each stack the sum of squares of what it is measured with: ``[rows]``."""
-    own = {name: jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))) for name, x in stacks.items()}
-    if scope == "block" or not own:
-        return own
+def by_parameter(lengths: Stacks, site: Site) -> Stacks:
+    """For each row of each stack the sum over all blocks of its leaf: ``[rows]``."""
+    if not lengths:
+        return lengths
     # Padding belongs to nobody; its sums, which are zero, go to a place behind the last leaf.
-    owners = {name: site.owners[name] % (site.leaves + 1) for name in own}
-    total = jnp.zeros(site.leaves + 1, next(iter(own.values())).dtype)
-    for name, sums in own.items():
+    owners = {name: site.owners[name] % (site.leaves + 1) for name in lengths}
+    total = jnp.zeros(site.leaves + 1, next(iter(lengths.values())).dtype)
+    for name, sums in lengths.items():
         total = total.at[owners[name]].add(sums)
     total = site.total(total)
-    return {name: total[owners[name]] for name in own}
+    return {name: total[owners[name]] for name in lengths}
+
+
+def rescaled(updates: jax.Array, found: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Blocks with other lengths; zeros stay zeros.
+
+    Args:
+      updates: ``[rows, ...]``.
+      found: the square of the length that each has, ``[rows]``.
+      wanted: of the one that it is given, ``[rows]``.
+    """
+    ratio = jnp.sqrt(wanted / jnp.where(found > 0, found, 1))
+    return updates * ratio.reshape(-1, *[1] * (updates.ndim - 1))

@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite import kernels
+from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers import roots
 from jaxopt_suite.optimizers.shampoo import kronecker
-from jaxopt_suite.optimizers.shampoo.batches import in_batches
-from jaxopt_suite.optimizers.shampoo.blocks import where_rows
+from jaxopt_suite.optimizers.shampoo.batches import update_in_batches
 
 
 class Preconditioner(NamedTuple):
@@ -21,6 +20,14 @@ class Preconditioner(NamedTuple):
     weights: jax.Array  # f32 or f64 [rows, k]: sum of the weights of the mean's gradients
     roots: tuple[jax.Array, ...]  # root_dtype [rows, di, di] for each mode: the roots in use
     failures: jax.Array  # int32 [rows, k]: how often in a row the root has failed
+
+
+class InUse(NamedTuple):
+    """What a refresh writes of a ``Preconditioner``; or of one of its modes."""
+
+    weights: jax.Array  # [rows, k], of one mode [rows]
+    roots: Any  # a tuple of [rows, di, di], of one mode that
+    failures: jax.Array  # int32 [rows, k], of one mode [rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,67 +69,71 @@ class Kronecker:
             failures=jnp.zeros((rows, len(block)), jnp.int32),
         )
 
-    def observe(self, old: Preconditioner, gradients: jax.Array) -> Preconditioner:
-        """With the statistics of a step's gradients ``[rows, d1, ..., dk]``."""
+    def observe(
+        self, factors: Any, weights: jax.Array, gradients: jax.Array
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Statistics, and their weights, with a step's gradients ``[rows, d1, ..., dk]``."""
         weight = jnp.asarray(jnp.where(self.b2 == 1, 1.0, 1.0 - self.b2), gradients.dtype)
         decay = jnp.asarray(self.b2, gradients.dtype)
-        new = kronecker.observe(old.factors, gradients, decay, weight, self.gram_impl)
-        weights = (decay * old.weights + weight).astype(old.weights.dtype)
-        return old._replace(factors=new, weights=weights)
+        new = kronecker.observe(factors, gradients, decay, weight, self.gram_impl)
+        return new, (decay * weights + weight).astype(weights.dtype)
 
-    def apply(self, part: Preconditioner, blocks: jax.Array) -> jax.Array:
-        """The blocks, multiplied along every mode by its root."""
-        return kronecker.multiply(blocks, part.roots)
-
-    def refresh(self, due: dict[str, Preconditioner]) -> dict[str, Preconditioner]:
+    def refresh(
+        self, due: dict[str, InUse], factors: dict[str, tuple[jax.Array, ...]]
+    ) -> dict[str, InUse]:
         """New roots for all that are given; matrices of one size and order are one batch.
 
         A root that fails leaves the one before in use, and so does a statistic of zeros, whose
-        root says nothing but how small the damping is. A statistic that is not finite will never
-        be so again: it begins anew from zero, and so does the sum of its weights.
+        root says nothing but how small the damping is. Of a statistic that is not finite the
+        weight becomes zero, see ``begun_anew``.
         """
         places = {
             (name, mode): (
+                InUse(part.weights[:, mode], part.roots[mode], part.failures[:, mode]),
                 factor,
-                part.weights[:, mode],
-                part.roots[mode],
-                part.failures[:, mode],
             )
             for name, part in due.items()
-            for mode, factor in enumerate(part.factors)
+            for mode, factor in enumerate(factors[name])
         }
-        order = lambda place: self._order(len(due[place[0]].factors))
-        fresh = in_batches(self._refresh_batch, places, order)
-        collected = {
-            name: zip(*(fresh[name, mode] for mode in range(len(part.factors))), strict=True)
-            for name, part in due.items()
-        }
+        order = lambda place: self._order(len(factors[place[0]]))
+        fresh = update_in_batches(self._refresh_batch, places, order)
+        modes = {name: [fresh[name, i] for i in range(len(x))] for name, x in factors.items()}
         return {
-            name: Preconditioner(
-                factors, jnp.stack(weights, axis=1), in_use, jnp.stack(failures, axis=1)
+            name: InUse(
+                weights=jnp.stack([mode.weights for mode in found], axis=1),
+                roots=tuple(mode.roots for mode in found),
+                failures=jnp.stack([mode.failures for mode in found], axis=1),
             )
-            for name, (factors, weights, in_use, failures) in collected.items()
+            for name, found in modes.items()
         }
 
-    def _refresh_batch(
-        self,
-        order: Fraction,
-        factors: jax.Array,
-        weights: jax.Array,
-        in_use: jax.Array,
-        failures: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def _refresh_batch(self, order: Fraction, old: InUse, factors: jax.Array) -> InUse:
         """The same for matrices ``[n, d, d]`` of one size."""
         statistic = factors.astype(jnp.promote_types(factors.dtype, jnp.float32))
-        statistic = statistic / self._correction(weights).astype(statistic.dtype)[:, None, None]
-        found = roots.inverse_root(statistic, order, solver=self.solver, damping=self.damping)
-        new, failures = roots.keep_last_good(found, in_use, failures)
-        return (
-            where_rows(found.finite, factors, 0),
-            where_rows(found.finite, weights, 0),
-            where_rows(found.largest > 0, new, in_use),
-            failures,
+        statistic = statistic / self._correction(old.weights).astype(statistic.dtype)[:, None, None]
+        found = roots.inverse_root(
+            statistic, order, solver=self.solver, damping=self.damping, symmetrize_input=False
         )
+        new, failures = roots.keep_last_good(found, old.roots, old.failures)
+        return InUse(
+            weights=core.where_rows(found.finite, old.weights, 0),
+            roots=core.where_rows(found.largest > 0, new, old.roots),
+            failures=failures,
+        )
+
+    def begun_anew(
+        self, factors: tuple[jax.Array, ...], weights: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """Statistics, zero where a refresh has found that they are not finite.
+
+        They would never be so again. As it is rare, nothing is written where there is none.
+        """
+        lost = weights == 0  # after a step's gradients each weight is above zero
+        zeroed = lambda factors: tuple(
+            core.where_rows(~lost[:, mode], x, 0) for mode, x in enumerate(factors)
+        )
+        branches = core.alike([zeroed, lambda same: same], factors)
+        return jax.lax.cond(jnp.any(lost), *branches, factors)
 
     def _order(self, modes: int) -> Fraction:
         return 1 / (self.exponent or Fraction(1, 2 * modes))

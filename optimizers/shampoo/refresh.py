@@ -1,6 +1,7 @@
 """When the roots of which blocks are taken: all of them every K steps, or a K-th at every step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from jaxopt_suite import core
 Schedule = Literal["together", "staggered"]
 SCHEDULES = ("together", "staggered")
 
-# Takes and returns a dict of pytrees of arrays [rows, ...], by the names of their stacks.
-Work = Callable[[dict[str, Any]], dict[str, Any]]
+# (stacks, reads) -> new stacks: dicts of pytrees of arrays [rows, ...], by the names of stacks.
+Work = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +33,29 @@ class Refresh:
     start: int
     multiple: int
 
-    def run(self, work: Work, stacks: dict[str, Any], count: jax.Array) -> dict[str, Any]:
+    def run(
+        self, work: Work, stacks: dict[str, Any], reads: dict[str, Any], count: jax.Array
+    ) -> dict[str, Any]:
         """``stacks`` with ``work`` done on the blocks whose turn it is.
 
         Args:
-          work: what a refresh does; its result has the shapes and dtypes of what it gets.
-          stacks: for each name a pytree of arrays ``[rows, ...]``.
+          work: what a refresh does; its result has the shapes and dtypes of the stacks it gets.
+          stacks: for each name a pytree of arrays ``[rows, ...]``, which is written over.
+          reads: for each name a pytree of other arrays ``[rows, ...]`` that it is made of.
           count: int32 ``[]``, this step's number, from 1.
         """
         if self.schedule == "together":
             due = (count == self.start) | ((count > self.start) & (count % self.every == 0))
-            return jax.lax.cond(due, work, lambda same: same, stacks)
-        return self._one_slot(work, stacks, count)
+            return jax.lax.cond(due, work, lambda same, _: same, stacks, reads)
+        return self._one_slot(work, stacks, reads, count)
 
     def for_part(self, devices: int) -> "Refresh":
         """The same for the rows of one of so many devices."""
         return dataclasses.replace(self, multiple=self.multiple // devices)
 
-    def _one_slot(self, work: Work, stacks: dict[str, Any], count: jax.Array) -> dict[str, Any]:
+    def _one_slot(
+        self, work: Work, stacks: dict[str, Any], reads: dict[str, Any], count: jax.Array
+    ) -> dict[str, Any]:
         """Step t refreshes slot t mod K of every stack, so that all had their turn by step K.
 
         A stack of fewer blocks than slots leaves some slots empty; each stack begins where the one
@@ -64,17 +70,19 @@ class Refresh:
             used += slots
             # The last slot may reach back into the one before it: a slice has one length.
             first = jnp.minimum(slot * width, rows - width)
+            of_rows = lambda tree, read, name=name: work({name: tree}, {name: read})[name]
             result[name] = jax.lax.cond(
                 slot < slots,
-                lambda tree, name=name, first=first, width=width: self._on_rows(
-                    lambda part: work({name: part})[name], tree, first, width
-                ),
-                lambda same: same,
+                functools.partial(self._on_rows, of_rows, first, width),
+                lambda same, _: same,
                 stack,
+                reads[name],
             )
         return result
 
-    def _on_rows(self, work: Callable[[Any], Any], stack: Any, first: jax.Array, width: int) -> Any:
+    def _on_rows(
+        self, work: Callable[..., Any], first: jax.Array, width: int, stack: Any, reads: Any
+    ) -> Any:
         """``work`` on rows ``first`` to ``first + width`` of every device's part of the stack."""
 
         def parted(x: jax.Array) -> jax.Array:
@@ -88,7 +96,7 @@ class Refresh:
             new = new.reshape(self.multiple, width, *x.shape[1:])
             return jax.lax.dynamic_update_slice_in_dim(parted(x), new, first, 1).reshape(x.shape)
 
-        return jax.tree.map(put_back, stack, work(jax.tree.map(taken, stack)))
+        return jax.tree.map(put_back, stack, work(*jax.tree.map(taken, (stack, reads))))
 
 
 def make_refresh(schedule: Schedule, every: int, start: int | None, multiple: int) -> Refresh:

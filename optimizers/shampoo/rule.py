@@ -10,9 +10,9 @@ import optax
 
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
-from jaxopt_suite.optimizers.shampoo import grafting, stacked
-from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
-from jaxopt_suite.optimizers.shampoo.preconditioner import Kronecker, Preconditioner
+from jaxopt_suite.optimizers.shampoo import grafting, kronecker, stacked
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, wide
+from jaxopt_suite.optimizers.shampoo.preconditioner import InUse, Kronecker, Preconditioner
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh
 
 
@@ -28,6 +28,22 @@ class ScaleByShampooState(NamedTuple):
     nu: Stacks | None  # wide [rows, *block]: moment of the grafted method; None if it has none
     preconditioners: dict[str, Preconditioner]  # statistics [rows, di, di], their roots, failures
     skipped: dict[str, jax.Array]  # int32 [rows, 1]: steps whose gradient could not be used
+
+
+class _Seen(NamedTuple):
+    """Of a stack, after it has seen a step's gradients."""
+
+    factors: tuple[jax.Array, ...]  # as in the state
+    weights: jax.Array  # likewise
+    mean: Any  # wide [rows, *block]: of the gradients; None where mu is the same
+    mu: Any  # as in the state, or None
+    nu: Any  # likewise
+
+    @property
+    def used(self) -> jax.Array:
+        """The mean of the gradients that directions are made of."""
+        mean: jax.Array = self.mu if self.mean is None else self.mean
+        return mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,76 +99,122 @@ class Shampoo:
     def _on_stacks(
         self, given: Stacks, state: ScaleByShampooState, site: stacked.Site
     ) -> tuple[Stacks, ScaleByShampooState]:
-        gradients, in_use = usable(given)
+        in_use = usable(given)
         count = optax.safe_increment(state.count)
 
-        parts = {
-            name: self.preconditioner.observe(state.preconditioners[name], g)
-            for name, g in gradients.items()
-        }
-        refresh = self.refresh.for_part(site.devices)
-        parts = refresh.run(self.preconditioner.refresh, parts, count)
-        mu, mean = self._mean(state.mu, gradients)
-        nu = self._moment(state.nu, gradients)
-        directions = self._directions(parts, mean, nu, site, count)
+        seen = {name: self._observe(state, name, g, in_use[name]) for name, g in given.items()}
+        parts = self._refreshed(state.preconditioners, seen, site, count)
+        directions = self._directions(given, seen, parts, site, count)
         trace, directions = self._with_momentum(state.trace, directions)
 
-        directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
+        directions = {name: core.where_rows(in_use[name], x, 0) for name, x in directions.items()}
         skipped = {name: n + ~in_use[name][:, None] for name, n in state.skipped.items()}
+        mu = None if state.mu is None else {name: rows.mu for name, rows in seen.items()}
+        nu = None if state.nu is None else {name: rows.nu for name, rows in seen.items()}
         return directions, ScaleByShampooState(count, mu, trace, nu, parts, skipped)
 
-    def _mean(self, mu: Stacks | None, gradients: Stacks) -> tuple[Stacks | None, Stacks]:
-        """The new mean of the gradients, as it is stored and as it is used."""
-        if mu is None:
-            return None, gradients
-        new = {name: _common.update_mean(mu[name], g, self.b1) for name, g in gradients.items()}
-        return {name: x.astype(mu[name].dtype) for name, x in new.items()}, new
+    def _observe(
+        self, state: ScaleByShampooState, name: str, gradients: jax.Array, in_use: jax.Array
+    ) -> _Seen:
+        """The statistics and moments of a stack after a step's gradients."""
 
-    def _moment(self, nu: Stacks | None, gradients: Stacks) -> Stacks | None:
+        def on_rows(old: _Seen, gradients: jax.Array, in_use: jax.Array) -> _Seen:
+            g = core.where_rows(in_use, gradients, 0)
+            factors, weights = self.preconditioner.observe(old.factors, old.weights, g)
+            mean = g if old.mu is None else _common.update_mean(old.mu, g, self.b1)
+            return _Seen(
+                factors=factors,
+                weights=weights,
+                mean=None if old.mean is None else mean,
+                mu=None if old.mu is None else mean.astype(old.mu.dtype),
+                nu=self._moment(old.nu, g),
+            )
+
+        part = state.preconditioners[name]
+        mu = None if state.mu is None else state.mu[name]
+        kept_as_used = mu is not None and mu.dtype == gradients.dtype
+        old = _Seen(
+            factors=part.factors,
+            weights=part.weights,
+            mean=None if kept_as_used else gradients,
+            mu=mu,
+            nu=None if state.nu is None else state.nu[name],
+        )
+        return core.update_rows(on_rows, old, gradients, in_use)
+
+    def _moment(self, nu: jax.Array | None, gradients: jax.Array) -> jax.Array | None:
         if nu is None:
             return None
-        step = lambda x, g: grafting.update_moment(self.graft, x, g, self.graft_b2)
-        return {name: step(nu[name], g) for name, g in gradients.items()}
+        return grafting.update_moment(self.graft, nu, gradients, self.graft_b2)
+
+    def _refreshed(
+        self,
+        old: dict[str, Preconditioner],
+        seen: dict[str, _Seen],
+        site: stacked.Site,
+        count: jax.Array,
+    ) -> dict[str, Preconditioner]:
+        """With new roots of those whose turn it is."""
+        factors = {name: rows.factors for name, rows in seen.items()}
+        due = {
+            name: InUse(seen[name].weights, part.roots, part.failures) for name, part in old.items()
+        }
+        refresh = self.refresh.for_part(site.devices)
+        new = refresh.run(self.preconditioner.refresh, due, factors, count)
+        kept = self.preconditioner.begun_anew
+        return {
+            name: Preconditioner(kept(factors[name], part.weights), *part)
+            for name, part in new.items()
+        }
 
     def _directions(
         self,
+        given: Stacks,
+        seen: dict[str, _Seen],
         parts: dict[str, Preconditioner],
-        mean: Stacks,
-        nu: Stacks | None,
         site: stacked.Site,
         count: jax.Array,
     ) -> Stacks:
         """Preconditioned, with the grafted method's lengths; before the start that method's.
 
         One or the other: what is not used is not computed. And a mean is corrected for its bias
-        only in what is made of it, so that no corrected one is written down.
+        only in what is made of it, so that no corrected one is written down. What is made is
+        written over the gradients.
         """
-        corrected = self._corrector(count)
+        corrected, started = self._corrector(count), count >= self.refresh.start
+        of_parameters = self.graft != "none" and self.graft_scope == "parameter"
 
-        def grafted() -> Stacks:
-            return {
-                name: grafting.direction(
-                    self.graft,
-                    corrected(x),
-                    nu[name] if nu else None,
-                    self.graft_b2,
-                    self.graft_eps,
-                    count,
-                )
-                for name, x in mean.items()
-            }
+        def grafted(mean: jax.Array, nu: jax.Array | None) -> jax.Array:
+            return grafting.direction(
+                self.graft, corrected(mean), nu, self.graft_b2, self.graft_eps, count
+            )
 
-        def preconditioned() -> Stacks:
-            found = {
-                name: corrected(self.preconditioner.apply(parts[name], x))
-                for name, x in mean.items()
-            }
-            if self.graft == "none":
+        def preconditioned(mean: jax.Array, nu: jax.Array | None, roots: Any) -> jax.Array:
+            found = corrected(kronecker.multiply(mean, roots))
+            if self.graft == "none" or of_parameters:
                 return found
-            return grafting.rescaled(found, grafted(), site, self.graft_scope)
+            lengths = grafting.square_lengths(found), grafting.square_lengths(grafted(mean, nu))
+            return grafting.rescaled(found, *lengths)
 
-        branches = core.alike([preconditioned, grafted])
-        return jax.lax.cond(count >= self.refresh.start, *branches)
+        def on_rows(old: jax.Array, *args: Any) -> jax.Array:
+            del old
+            branches = core.alike([preconditioned, lambda mean, nu, _: grafted(mean, nu)], *args)
+            return jax.lax.cond(started, *branches, *args)
+
+        found = {
+            name: core.update_rows(on_rows, g, seen[name].used, seen[name].nu, parts[name].roots)
+            for name, g in given.items()
+        }
+        if not of_parameters:
+            return found
+        lengths = lambda stacks: grafting.by_parameter(
+            {name: grafting.square_lengths(x) for name, x in stacks.items()}, site
+        )
+        wanted = lengths({name: grafted(rows.used, rows.nu) for name, rows in seen.items()})
+        return {
+            name: grafting.rescaled(found[name], length, wanted[name])
+            for name, length in lengths(found).items()
+        }
 
     def _corrector(self, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
         """Divides the mean of gradients, or what is linear in it, by the sum of its weights."""

@@ -10,7 +10,7 @@ import optax
 from jaxopt_suite import core, kernels
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import kronecker, stacked
-from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, where_rows, wide
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, wide
 from jaxopt_suite.optimizers.shampoo.eigenbases import Bases, Method, Rotated
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh, Schedule, make_refresh
 
@@ -71,7 +71,8 @@ class _Soap:
     def _on_stacks(
         self, given: Stacks, state: ScaleBySoapState, site: stacked.Site
     ) -> tuple[Stacks, ScaleBySoapState]:
-        gradients, in_use = usable(given)
+        in_use = usable(given)
+        gradients = {name: core.where_rows(in_use[name], g, 0) for name, g in given.items()}
         count = optax.safe_increment(state.count)
         first = count == 1
 
@@ -82,10 +83,11 @@ class _Soap:
         steps = count - 1 if self.skip_first else count
         directions, parts = self._adam(parts, gradients, steps)
         parts = self._observe(parts, gradients, ~first)
-        again = lambda due: self.bases.refresh(due, method=self.method)
-        parts = self.refresh.for_part(site.devices).run(again, parts, steps)
+        again = lambda due, _: self.bases.refresh(due, method=self.method)
+        nothing = dict.fromkeys(parts, ())
+        parts = self.refresh.for_part(site.devices).run(again, parts, nothing, steps)
 
-        directions = {name: where_rows(in_use[name], x, 0) for name, x in directions.items()}
+        directions = {name: core.where_rows(in_use[name], x, 0) for name, x in directions.items()}
         skipped = {name: n + ~in_use[name][:, None] for name, n in state.skipped.items()}
         return directions, ScaleBySoapState(count, parts, skipped)
 

@@ -18,8 +18,11 @@ def refreshed(schedule, rows, steps):
 
     @jax.jit
     def step(count, stacks):
-        now = lambda part: jax.tree.map(lambda x: jnp.full_like(x, count), part)
-        return schedule.run(now, stacks, count)
+        def now(part, reads):
+            assert jax.tree.map(jnp.shape, part) == jax.tree.map(jnp.shape, reads)
+            return jax.tree.map(lambda x: x + count, reads)  # of the rows that are to be written
+
+        return schedule.run(now, stacks, jax.tree.map(jnp.zeros_like, stacks), count)
 
     stacks = {str(n): {"a": jnp.zeros(n), "b": jnp.zeros((n, 2, 3))} for n in rows}
     found = {name: [] for name in stacks}

@@ -1,6 +1,7 @@
 """Shampoo: its statistics and roots by hand, what it must equal, what must change nothing."""
 
 import itertools
+import re
 from fractions import Fraction
 
 import jax
@@ -267,6 +268,19 @@ def test_the_program_grows_with_block_shapes_and_not_with_leaves():
     few = operations(2)
     assert few == operations(9)
     assert few[0] > 0
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the loops are for CPUs")
+@pytest.mark.parametrize("schedule", ["together", "staggered"])
+def test_on_a_cpu_no_stack_is_copied(schedule):
+    # XLA copies what a loop writes over if it may still be read there: 6 stacks of 8 MB.
+    params = {"w": jax.ShapeDtypeStruct((64 * 16, 64 * 32), jnp.float32)}
+    tx = scale_by_shampoo(block_size=64, refresh=schedule)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    compiled = step.lower(params, jax.eval_shape(tx.init, params)).compile()
+    copies = re.findall(r"= f32\[512,64,64\]\S* copy\(", compiled.as_text())
+    assert not copies
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 64 * 64 * 4
 
 
 def test_all_blocks_of_one_size_have_their_roots_taken_at_once():
