@@ -54,7 +54,11 @@ def _updates(row: dict[str, Any]) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
     repository, _, commit = row["reference"].partition(" at ")
     theirs = f"{META} is [{repository}](https://github.com/{repository}) at `{commit[:12]}`"
-    return f"{theirs}; settings of both: {settings}.\n\n" + table(head, cells)
+    variables = " ".join(f"{name}={value}" for name, value in row["environment"].items())
+    return (
+        f"{theirs}; settings of both: {settings}; environment of both: `{variables}`.\n\n"
+        + table(head, cells)
+    )
 
 
 def _train(row: dict[str, Any]) -> str:

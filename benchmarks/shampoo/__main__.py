@@ -18,6 +18,7 @@ from benchmarks.shampoo import compiling, train_steps, updates
 from jaxopt_suite.core.errors import UserError
 
 RESULTS = _results.RESULTS / "shampoo_times.json"
+ENVIRONMENT = ("GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS")  # what changes times on a CPU
 
 
 def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -34,9 +35,9 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         row, kept = train_steps.measure(), train_steps.kept
     else:
         row, kept = compiling.measure(), compiling.kept
-    return {"part": options.part, **row, **_results.stamp(command, packages=tuple(packages))}, kept(
-        row
-    )
+    row["environment"] = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    stamp = _results.stamp(command, packages=tuple(packages))
+    return {"part": options.part, **row, **stamp}, kept(row)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
