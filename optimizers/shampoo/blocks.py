@@ -187,10 +187,12 @@ def wide(tree: Any) -> Any:
 
 def usable(gradients: Stacks) -> dict[str, jax.Array]:
     """Which blocks' squares are numbers: for each stack bool ``[rows]``."""
-    return {
-        name: jnp.isfinite(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))))
-        for name, g in gradients.items()
-    }
+    return {name: jnp.isfinite(square_lengths(g)) for name, g in gradients.items()}
+
+
+def square_lengths(blocks: jax.Array) -> jax.Array:
+    """The sum of squares of each block: ``[rows]``."""
+    return jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
 
 
 def _segments(size: int, block_size: int) -> list[tuple[int, int, int]]:

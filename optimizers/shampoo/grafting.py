@@ -55,11 +55,6 @@ def direction(
     return blocks / (jnp.sqrt(nu) + jnp.asarray(eps, nu.dtype))
 
 
-def square_lengths(blocks: jax.Array) -> jax.Array:
-    """The sum of squares of each block: ``[rows]``."""
-    return jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
-
-
 def by_parameter(lengths: Stacks, site: Site) -> Stacks:
     """For each row of each stack the sum over all blocks of its leaf: ``[rows]``."""
     if not lengths:

@@ -11,7 +11,7 @@ import optax
 from jaxopt_suite import core
 from jaxopt_suite.optimizers import _common
 from jaxopt_suite.optimizers.shampoo import grafting, kronecker, stacked
-from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, usable, wide
+from jaxopt_suite.optimizers.shampoo.blocks import Cutting, Stacks, square_lengths, usable, wide
 from jaxopt_suite.optimizers.shampoo.preconditioner import InUse, Kronecker, Preconditioner
 from jaxopt_suite.optimizers.shampoo.refresh import Refresh
 
@@ -193,7 +193,7 @@ class Shampoo:
             found = corrected(kronecker.multiply(mean, roots))
             if self.graft == "none" or of_parameters:
                 return found
-            lengths = grafting.square_lengths(found), grafting.square_lengths(grafted(mean, nu))
+            lengths = square_lengths(found), square_lengths(grafted(mean, nu))
             return grafting.rescaled(found, *lengths)
 
         def on_rows(old: jax.Array, *args: Any) -> jax.Array:
@@ -208,12 +208,13 @@ class Shampoo:
         if not of_parameters:
             return found
         lengths = lambda stacks: grafting.by_parameter(
-            {name: grafting.square_lengths(x) for name, x in stacks.items()}, site
+            {name: square_lengths(x) for name, x in stacks.items()}, site
         )
         wanted = lengths({name: grafted(rows.used, rows.nu) for name, rows in seen.items()})
+        own = lengths(found)
         return {
-            name: grafting.rescaled(found[name], length, wanted[name])
-            for name, length in lengths(found).items()
+            name: jnp.where(started, grafting.rescaled(x, own[name], wanted[name]), x)
+            for name, x in found.items()
         }
 
     def _corrector(self, count: jax.Array) -> Callable[[jax.Array], jax.Array]:
