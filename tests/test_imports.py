@@ -225,13 +225,26 @@ def test_the_light_parts_leave_the_heavy_libraries_alone():
     assert loaded == []
 
 
+def test_optimizers_leave_pallas_alone_until_a_kernel_is_asked_for():
+    """A tenth of what importing them would cost; by default nothing uses a kernel."""
+    loaded = _python(
+        "import sys, jaxopt_suite.optimizers as o; assert o.shampoo and o.compressors\n"
+        "print([name for name in sys.modules if name.startswith('jax.experimental.pallas')])"
+    )
+    assert loaded.strip() == "[]"
+
+
 def test_importing_the_package_costs_no_more_than_its_libraries():
-    """Processor time, best of several runs by turns: other work on the machine adds little."""
+    """Processor time, by turns. Other work on the machine can only add to it, and at times adds a
+    half: of many runs the least counts, and more are made until both have had a quiet one."""
     ours, libraries = "jaxopt_suite, jaxopt_suite.optimizers", "jax, optax, flax.nnx"
     timed = "import time\nimport {}\nprint(time.process_time())"
     seconds: dict[str, list[float]] = {ours: [], libraries: []}
-    for _ in range(3):
+    # 10 % is the promise; optimizers do not need flax, so in practice ours is the cheaper one.
+    kept = lambda: min(seconds[ours]) <= 1.1 * min(seconds[libraries])
+    for runs in range(10):
+        if runs >= 3 and kept():
+            break
         for modules, spent in seconds.items():
             spent.append(float(_python(timed.format(modules))))
-    # 10 % is the promise; optimizers do not need flax, so in practice ours is the cheaper one.
-    assert min(seconds[ours]) <= 1.1 * min(seconds[libraries]), seconds
+    assert kept(), seconds

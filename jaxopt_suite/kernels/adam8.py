@@ -5,19 +5,17 @@ shorter. Its scale is its largest magnitude, 0 if that is below the smallest nor
 x is kept as the nearest entry of the dynamic code book to x over the scale.
 
 XLA needs a pass to find the scales and another to encode, reads gradient and state in both, and
-lays the rows out anew as rows of B. The kernel reads gradient, codes and scales once, writes over
-them, and keeps the float32 moments to itself. The one for GPUs is in ``adam8_gpu``, and what both
-compute of a tile in ``adam8_tile``.
+lays the rows out anew as rows of B. The kernels, ``adam8_tpu`` and ``adam8_gpu``, read gradient,
+codes and scales once, write over them, and keep the float32 moments to themselves; what both
+compute of a tile is in ``adam8_tile``.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import core
 from jaxopt_suite.kernels import adam8_tile, dynamic8
@@ -26,17 +24,10 @@ from jaxopt_suite.kernels.implementations import (
     Impl,
     alike_varying,
     by_kernel,
-    interpreter,
     resolve,
-    struct_like,
-    tpu_parameters,
 )
 
-_ENTRIES = 2**18  # of a tile
-_GROUPS = 8  # blocks side by side in a tile, at most: their scales lie in tiles of 8 by 128
-_ROWS = 128  # of a tile, or all there are
-_FEWEST_ROWS = 32  # of a leaf: bytes lie in tiles of as many
-_OPERATIONS = 150  # an entry, counted in the kernel's program
+_FEWEST_ROWS = 32  # of a leaf: on a TPU bytes lie in tiles of as many
 
 
 class Moments8(NamedTuple):
@@ -127,7 +118,7 @@ def adam8_update(
     # XLA keeps an array of few columns the other way round: of the scales nothing is moved.
     operands = alike_varying(numbers, g, mu, mu_scales.T, nu, nu_scales.T)
     width = min(block, columns)
-    on_tpu = functools.partial(_call, block=width, impl=chosen)
+    on_tpu = functools.partial(_on_tpu, block=width, impl=chosen)
     on_gpu = functools.partial(_on_gpu, block=width)
     what, cuda = f"adam8_update with block={block}", on_gpu if block in GPU_BLOCKS else None
     found = by_kernel(what, on_tpu, chosen, *operands, cuda=cuda)
@@ -191,10 +182,16 @@ def _fits(shape: tuple[int, ...], block: int) -> bool:
     return width > 0 and width % 128 == 0 and math.prod(shape[:-1]) >= _FEWEST_ROWS
 
 
+def _on_tpu(*operands: jax.Array, block: int, impl: str) -> tuple[jax.Array, ...]:
+    from jaxopt_suite.kernels import adam8_tpu  # slow to import
+
+    return adam8_tpu.update(*operands, block=block, impl=impl)
+
+
 def _on_gpu(
     numbers: jax.Array, gradient: jax.Array, *moments: jax.Array, block: int
 ) -> tuple[jax.Array, ...]:
-    """As ``_call``, by the kernel for GPUs; of leaves that it does not take, by the definition."""
+    """By the kernel for GPUs; of leaves that it does not take, by the definition."""
     from jaxopt_suite.kernels import adam8_gpu  # slow to import
 
     if adam8_gpu.fits(gradient, block):
@@ -203,79 +200,3 @@ def _on_gpu(
     old = Moments8(mu, mu_scales.T, nu, nu_scales.T)
     u, new = adam8_update_definition(gradient, old, numbers, block)
     return u, new.mu, new.mu_scales.T, new.nu, new.nu_scales.T
-
-
-def _call(
-    numbers: jax.Array, gradient: jax.Array, *moments: jax.Array, block: int, impl: str
-) -> Any:
-    """The kernel for TPUs: of a gradient ``[rows, columns]``, and scales ``[blocks, rows]``."""
-    (rows, columns), blocks = gradient.shape, len(moments[1])
-    groups = min(_GROUPS, blocks)
-    height = min(rows, max(_ROWS, _ENTRIES // (groups * block) // _ROWS * _ROWS))
-    entries = pl.BlockSpec((height, groups * block), lambda i, j: (i, j))
-    scales = pl.BlockSpec((groups, height), lambda i, j: (j, i))
-    body = functools.partial(_kernel, block=block, groups=groups, columns=columns)
-    return pl.pallas_call(
-        body,
-        name="adam8_update",
-        grid=(-(-rows // height), -(-blocks // groups)),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), entries, *[entries, scales] * 2],
-        out_specs=[entries, *[entries, scales] * 2],
-        out_shape=[struct_like(x.shape, x.dtype, gradient) for x in (gradient, *moments)],
-        # All but the numbers. The interpreter pads what it writes over, and does not cut it again.
-        input_output_aliases={} if impl == "interpret" else {i + 1: i for i in range(5)},
-        compiler_params=tpu_parameters(impl, "parallel", "parallel"),
-        cost_estimate=pl.CostEstimate(
-            flops=_OPERATIONS * gradient.size,
-            bytes_accessed=(4 + 2 * gradient.dtype.itemsize) * gradient.size + 16 * rows * blocks,
-            transcendentals=gradient.size,
-        ),
-        interpret=interpreter(impl),
-    )(numbers, gradient, *moments)
-
-
-def _kernel(
-    numbers_ref: Any,  # float32 [7]
-    gradient_ref: Any,  # [rows, groups of B columns]
-    mu_ref: Any,  # uint8, likewise
-    mu_scales_ref: Any,  # float32 [groups, rows]
-    nu_ref: Any,
-    nu_scales_ref: Any,
-    direction_ref: Any,
-    new_mu_ref: Any,
-    new_mu_scales_ref: Any,
-    new_nu_ref: Any,
-    new_nu_scales_ref: Any,
-    *,
-    block: int,
-    groups: int,
-    columns: int,
-) -> None:
-    signed, unsigned = dynamic8.code_book(True), dynamic8.code_book(False)
-    numbers = [numbers_ref[i] for i in range(7)]
-    mu_scales, nu_scales = mu_scales_ref[...].T, nu_scales_ref[...].T
-    new_scales = []
-    for group in range(groups):
-        part, own = slice(group * block, (group + 1) * block), slice(group, group + 1)
-        g = gradient_ref[:, part].astype(jnp.float32)
-        mu = adam8_tile.entries(mu_ref[:, part], signed) * mu_scales[:, own]
-        nu = adam8_tile.entries(nu_ref[:, part], unsigned) * nu_scales[:, own]
-        inside = None
-        if columns % block:  # what lies beyond the end of a row is anything
-            start = (pl.program_id(1) * groups + group) * block
-            inside = jax.lax.broadcasted_iota(jnp.int32, g.shape, 1) < columns - start
-        mu, nu, direction = adam8_tile.moved(g, mu, nu, numbers, inside)
-        direction_ref[:, part] = direction.astype(direction_ref.dtype)
-        new_mu_ref[:, part], mu_scale = _written(mu, signed)
-        new_nu_ref[:, part], nu_scale = _written(nu, unsigned)
-        new_scales.append((mu_scale, nu_scale))
-    for ref, columns_of in zip(
-        (new_mu_scales_ref, new_nu_scales_ref), zip(*new_scales, strict=True), strict=True
-    ):
-        ref[...] = jnp.concatenate(columns_of, axis=1).T
-
-
-def _written(x: Any, book: dynamic8.CodeBook) -> tuple[Any, Any]:
-    """Codes of a block a row, uint8, and its scale ``[rows, 1]``."""
-    scale = adam8_tile.scale(jnp.max(jnp.abs(x), axis=1, keepdims=True))
-    return adam8_tile.nearest(x, adam8_tile.divisor(scale), book), scale

@@ -1,15 +1,22 @@
 """Running means of Gram matrices: their definition, and one triangle of them by kernels."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_suite import core
-from jaxopt_suite.kernels import triangles
 from jaxopt_suite.kernels.implementations import Impl, alike_varying, by_kernel, resolve
 
 _MODES = "abcdefghijklmnopqrstuvw"
+
+
+class Mean(NamedTuple):
+    """What a product is added to."""
+
+    statistics: jax.Array  # [k, d, d], symmetric; only its lower tiles are read
+    scalars: jax.Array  # float32 [2]: what these are multiplied by, and the product
 
 
 def gram_update(
@@ -66,15 +73,17 @@ def gram_update(
     operands = alike_varying(statistics, matrices, scalars)
 
     def on_tpu(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
-        mean = triangles.Mean(statistics, scalars)
-        return triangles.symmetric(
+        from jaxopt_suite.kernels import triangles_tpu  # slow to import
+
+        mean = Mean(statistics, scalars)
+        return triangles_tpu.symmetric(
             "gram_update", matrices, matrices, contracted=contracted, mean=mean, impl=chosen
         )
 
     def on_gpu(statistics: jax.Array, matrices: jax.Array, scalars: jax.Array) -> jax.Array:
         from jaxopt_suite.kernels import triangles_gpu  # slow to import
 
-        mean = triangles.Mean(statistics, scalars)
+        mean = Mean(statistics, scalars)
         return triangles_gpu.symmetric(
             "gram_update", matrices, matrices, contracted=contracted, mean=mean
         )

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.extend.core
-from jax.experimental.pallas import tpu as pltpu
 from jax.interpreters import batching, mlir
 
 from jaxopt_suite import core
@@ -111,30 +110,6 @@ _refused.def_abstract_eval(lambda x, *, what: x)
 _refused.def_impl(lambda x, *, what: jax.jit(functools.partial(_refused.bind, what=what))(x))
 batching.defvectorized(_refused)
 mlir.register_lowering(_refused, _refuse)
-
-
-def interpreter(impl: str) -> Any:
-    """The argument ``interpret`` of a ``pallas_call``.
-
-    The interpreter simulates a TPU: memory that was not written is NaN, reads beyond an array are
-    errors, and it runs inside ``shard_map``, where ``interpret=True`` does not.
-    """
-    return pltpu.InterpretParams() if impl == "interpret" else False
-
-
-def tpu_parameters(impl: str, *semantics: Any, **others: Any) -> pltpu.CompilerParams | None:
-    """The argument ``compiler_params``; of the interpreter, which has no use for them, none.
-
-    Under ``vmap`` a grid has one dimension more, and the interpreter of JAX 0.10.2 expects none.
-
-    Args:
-      impl: as ``resolve`` gives it.
-      *semantics: ``"parallel"`` or ``"arbitrary"`` for each dimension of the grid.
-      **others: of ``CompilerParams``.
-    """
-    if impl == "interpret":
-        return None
-    return pltpu.CompilerParams(dimension_semantics=semantics, **others)
 
 
 def without_own(body: Callable[..., None]) -> Callable[..., None]:

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from jaxopt_suite.kernels import triangles
 from jaxopt_suite.kernels.implementations import Impl, alike_varying, by_kernel, resolve
 
 
@@ -48,7 +47,9 @@ def symmetric_product(a: jax.Array, b: jax.Array, *, impl: Impl = "auto") -> jax
             )
 
     def on_tpu(a: jax.Array, b: jax.Array) -> jax.Array:
-        return triangles.symmetric("symmetric_product", a, b, contracted=2, impl=chosen)
+        from jaxopt_suite.kernels import triangles_tpu  # slow to import
+
+        return triangles_tpu.symmetric("symmetric_product", a, b, contracted=2, impl=chosen)
 
     def on_gpu(a: jax.Array, b: jax.Array) -> jax.Array:
         from jaxopt_suite.kernels import triangles_gpu  # slow to import

@@ -41,8 +41,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import batching, mlir
 
 from jaxopt_suite import core
+from jaxopt_suite.kernels.gram import Mean
 from jaxopt_suite.kernels.rows_gpu import PARAMETERS
-from jaxopt_suite.kernels.triangles import Mean
 
 _any: Any = plgpu  # of which type checkers hold some classes to be private, or abstract
 

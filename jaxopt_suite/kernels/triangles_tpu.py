@@ -9,24 +9,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxopt_suite.kernels.implementations import (
-    alike_varying,
-    interpreter,
-    struct_like,
-    tpu_parameters,
-)
+from jaxopt_suite.kernels.calls_tpu import interpreter, parameters
+from jaxopt_suite.kernels.gram import Mean
+from jaxopt_suite.kernels.implementations import alike_varying, struct_like
 
 # Rows and columns of a tile of the product. A smaller tile computes less above the diagonal and
 # loads the factors more often: for one pass of bfloat16, not six, the loads would take longer.
 _TILES = {"float32": 256, "bfloat16": 512}
 _DEPTH = 1024  # entries that a tile's products are summed over at a time
-
-
-class Mean(NamedTuple):
-    """What a product is added to."""
-
-    statistics: jax.Array  # [k, d, d], symmetric; only its lower tiles are read
-    scalars: jax.Array  # float32 [2]: what these are multiplied by, and the product
 
 
 def symmetric(
@@ -101,7 +91,7 @@ def symmetric(
         # Tiles above the diagonal are written and never read. The interpreter of JAX 0.10.2 cannot
         # alias what it pads to whole tiles.
         input_output_aliases={} if mean is None or impl == "interpret" else {3: 0},
-        compiler_params=tpu_parameters(impl, "parallel", "arbitrary", "arbitrary"),
+        compiler_params=parameters(impl, "parallel", "arbitrary", "arbitrary"),
         cost_estimate=plan.cost(k, size, length, left.dtype, None if mean is None else dtype),
         interpret=interpreter(impl),
     )(*operands)

@@ -19,7 +19,7 @@ from adam8_steps import (
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite import kernels
-from jaxopt_suite.kernels import adam8, dynamic8
+from jaxopt_suite.kernels import adam8_tpu, dynamic8
 
 CASES = [
     ((70, 640), 128, "float32"),  # tiles of rows and of columns, of each the last one not full
@@ -32,9 +32,9 @@ CASES = [
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(adam8, "_ENTRIES", 32 * 2 * 128)
-    monkeypatch.setattr(adam8, "_GROUPS", 2)
-    monkeypatch.setattr(adam8, "_ROWS", 32)
+    monkeypatch.setattr(adam8_tpu, "_ENTRIES", 32 * 2 * 128)
+    monkeypatch.setattr(adam8_tpu, "_GROUPS", 2)
+    monkeypatch.setattr(adam8_tpu, "_ROWS", 32)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "impl"))
@@ -92,7 +92,7 @@ def test_the_kernel_is_the_definition(shape, block, dtype, small_tiles):
 def test_what_lies_beyond_the_end_of_a_row_is_in_no_scale(monkeypatch):
     """The interpreter's NaN would be left out anyway; on hardware it is what was there before."""
     zeros = lambda impl: impl == "interpret" and pltpu.InterpretParams(uninitialized_memory="zero")
-    monkeypatch.setattr(adam8, "interpreter", zeros)
+    monkeypatch.setattr(adam8_tpu, "interpreter", zeros)
     g = gradients((32, 200), 1)[0]
     grads = [g, -0.9 * g]  # the first moment is almost 0 again, where code 0 would be -0.99
     step = lambda impl, moments, at: kernels.adam8_update(

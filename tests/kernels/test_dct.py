@@ -9,7 +9,7 @@ import pytest
 from fleets import normal, run_fleet
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import dct
+from jaxopt_suite.kernels import dct, dct_tpu
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors, feedback
 from jaxopt_suite.optimizers.compression import dct as codec
 from jaxopt_suite.optimizers.demo import scale_by_demo
@@ -19,8 +19,8 @@ cosines = dct.dct_matrix
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(dct, "_BANDS", 2)
-    monkeypatch.setattr(dct, "_COLUMNS", 128)
+    monkeypatch.setattr(dct_tpu, "_BANDS", 2)
+    monkeypatch.setattr(dct_tpu, "_COLUMNS", 128)
 
 
 @pytest.fixture

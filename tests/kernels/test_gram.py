@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import triangles
+from jaxopt_suite.kernels import triangles_tpu
 from jaxopt_suite.optimizers.shampoo import shampoo, soap
 
 B, W = 0.9, 0.1
@@ -20,8 +20,8 @@ definition = functools.partial(kernels.gram_update, impl="xla")
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles of a small matrix; the interpreter does not ask for multiples of 128."""
-    monkeypatch.setattr(triangles, "_TILES", {"float32": 8, "bfloat16": 8})
-    monkeypatch.setattr(triangles, "_DEPTH", 16)
+    monkeypatch.setattr(triangles_tpu, "_TILES", {"float32": 8, "bfloat16": 8})
+    monkeypatch.setattr(triangles_tpu, "_DEPTH", 16)
 
 
 def given(shape, mode, dtype=np.float32, seed=0, scale=1.0):

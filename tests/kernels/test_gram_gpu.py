@@ -11,7 +11,7 @@ from gpu_kernels import lowered
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import gram, triangles, triangles_gpu
+from jaxopt_suite.kernels import gram, triangles_gpu
 
 B, W = 0.9, 0.1
 HARD = {"huge": 3.4e38, "small": 1e-22, "infinite": -np.inf, "nan": np.nan}
@@ -28,7 +28,7 @@ def given(shape, mode, dtype="float32", seed=0):
 
 def interpreted(statistics, blocks, decay=B, weight=W, mode=0):
     matrices, contracted = gram._unfolded(blocks, mode)
-    mean = triangles.Mean(statistics, jnp.asarray([decay, weight], jnp.float32))
+    mean = gram.Mean(statistics, jnp.asarray([decay, weight], jnp.float32))
     return triangles_gpu.symmetric(
         "gram_update",
         matrices,

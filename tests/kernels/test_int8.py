@@ -9,7 +9,7 @@ import pytest
 from fleets import normal, run_fleet
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import int8
+from jaxopt_suite.kernels import int8_tpu
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors, feedback
 from jaxopt_suite.optimizers.compression.quantize import QuantizedPayload
 
@@ -32,9 +32,9 @@ HARD = {
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(int8, "_ENTRIES", 32 * 4 * BLOCK)
-    monkeypatch.setattr(int8, "_GROUPS", 4)
-    monkeypatch.setattr(int8, "_FLAT_GROUPS", 3)
+    monkeypatch.setattr(int8_tpu, "_ENTRIES", 32 * 4 * BLOCK)
+    monkeypatch.setattr(int8_tpu, "_GROUPS", 4)
+    monkeypatch.setattr(int8_tpu, "_FLAT_GROUPS", 3)
 
 
 def drawn(*shape, seed=0):

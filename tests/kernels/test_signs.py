@@ -13,7 +13,7 @@ import pytest
 from fleets import run_fleet
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import signs
+from jaxopt_suite.kernels import signs_tpu
 from jaxopt_suite.optimizers.compression import compressed_mean, compressors, feedback
 from jaxopt_suite.optimizers.compression.signs import SignPayload
 
@@ -28,7 +28,7 @@ CASES = [
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(signs, "_TILE", (32, 4 * BLOCK))
+    monkeypatch.setattr(signs_tpu, "_TILE", (32, 4 * BLOCK))
 
 
 def drawn(*shape, seed=0):

@@ -12,7 +12,7 @@ import symmetric_pairs as pairs
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_suite import kernels, parallel
-from jaxopt_suite.kernels import triangles, triangles_gpu
+from jaxopt_suite.kernels import triangles_gpu, triangles_tpu
 from jaxopt_suite.optimizers import roots
 from jaxopt_suite.optimizers.roots import newton_db
 
@@ -22,8 +22,8 @@ definition = functools.partial(kernels.symmetric_product, impl="xla")
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(triangles, "_TILES", {"float32": 8})
-    monkeypatch.setattr(triangles, "_DEPTH", 16)
+    monkeypatch.setattr(triangles_tpu, "_TILES", {"float32": 8})
+    monkeypatch.setattr(triangles_tpu, "_DEPTH", 16)
 
 
 def assert_as_accurate(found, a, b):
