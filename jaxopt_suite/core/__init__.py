@@ -9,7 +9,7 @@ from jaxopt_suite.core.checks import (
 )
 from jaxopt_suite.core.linalg import batch_factorisation
 from jaxopt_suite.core.prng import leaf_keys
-from jaxopt_suite.core.rows import by_runs, update_rows, where_rows
+from jaxopt_suite.core.rows import by_runs, update_in_runs, update_rows, where_rows
 from jaxopt_suite.core.trees import accumulator_dtype, batch_by_shape, map_unzip, tree_bytes
 from jaxopt_suite.core.varying import alike, vary, varying_axes
 
@@ -27,6 +27,7 @@ __all__ = [
     "leaf_keys",
     "map_unzip",
     "tree_bytes",
+    "update_in_runs",
     "update_rows",
     "vary",
     "varying_axes",

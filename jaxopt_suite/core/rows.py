@@ -57,14 +57,15 @@ def update_rows(fn: Callable[..., Any], old: Any, *args: Any, calls: bool = Fals
       calls: whether ``fn`` factorises its rows one by one (``batch_factorisation``), so that it
         should have up to ``AT_ONCE`` of them; else as many as fit the cache.
     """
+    in_runs = lambda *given: update_in_runs(fn, *given, calls=calls)
+    on_cpu, elsewhere = alike([in_runs, fn], old, *args)
+    return jax.lax.platform_dependent(old, *args, cpu=on_cpu, default=elsewhere)
+
+
+def update_in_runs(fn: Callable[..., Any], old: Any, *args: Any, calls: bool = False) -> Any:
+    """What ``update_rows`` is on a CPU."""
     axes = frozenset().union(*map(varying_axes, jax.tree.leaves((old, args))))
-    operands = vary((old, *args), axes)
-    in_place = lambda *given: _in_place(fn, calls, *given)
-    on_cpu, elsewhere = alike([in_place, fn], *operands)
-    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
-
-
-def _in_place(fn: Callable[..., Any], calls: bool, old: Any, *args: Any) -> Any:
+    old, *args = vary((old, *args), axes)
     rows = len(jax.tree.leaves(old)[0])
     each = _run_length(rows) if calls else _that_fit(rows, (old, args))
     if each >= rows:

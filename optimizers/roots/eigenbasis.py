@@ -9,7 +9,7 @@ from jaxopt_suite import core
 from jaxopt_suite.optimizers.roots.panels import panel_qr
 from jaxopt_suite.optimizers.roots.products import distance_to_identity, product, symmetric_part
 from jaxopt_suite.optimizers.roots.spectral import decompose
-from jaxopt_suite.optimizers.roots.stack import cleaned, inside_of
+from jaxopt_suite.optimizers.roots.stack import cleaned, inside_of, times_power_of_two
 
 _ORTHONORMAL = 1e-2  # float32 gives 1e-6 to 1e-5; more than this is no basis
 
@@ -87,7 +87,7 @@ def eigenbasis(
         if start is None or method == "eigh"
         else (_stepped(scaled, inside, start))
     )
-    found = found._replace(eigenvalues=jnp.ldexp(found.eigenvalues, exponent[:, None]))
+    found = found._replace(eigenvalues=times_power_of_two(found.eigenvalues, exponent))
     return _guarded(found, finite, start)
 
 

@@ -14,7 +14,12 @@ from jaxopt_suite.optimizers.roots.newton import CoupledHigherOrder, CoupledNewt
 from jaxopt_suite.optimizers.roots.newton_db import NewtonDB
 from jaxopt_suite.optimizers.roots.solver import Solver
 from jaxopt_suite.optimizers.roots.spectral import Eigh
-from jaxopt_suite.optimizers.roots.stack import make_stack, unscaled, without_padding
+from jaxopt_suite.optimizers.roots.stack import (
+    make_stack,
+    times_power_of_two,
+    unscaled,
+    without_padding,
+)
 
 SOLVERS: dict[str, type[Solver]] = {
     "eigh": Eigh,
@@ -101,7 +106,7 @@ def inverse_root(
         error=jnp.where(there, solved.error, jnp.inf),
         ok=there & (solved.error <= solver.max_residual),
         iterations=solved.iterations,
-        largest=jnp.ldexp(solved.largest, stack.exponent),
+        largest=times_power_of_two(solved.largest, stack.exponent),
         finite=stack.finite,
     )
 

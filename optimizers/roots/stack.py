@@ -32,10 +32,10 @@ class Stack(NamedTuple):
             return jnp.zeros_like(largest)
         epsilon = jnp.asarray(self.damping.epsilon, largest.dtype)
         if isinstance(self.damping, Absolute):
-            return jnp.ldexp(epsilon, -self.exponent)
+            return self._scaled(epsilon)
         if self.damping.estimate == "norm":
             largest = estimates.largest_row_sum(self.matrices)
-        least = jnp.ldexp(jnp.asarray(LEAST_SCALE, largest.dtype), -self.exponent)
+        least = self._scaled(jnp.asarray(LEAST_SCALE, largest.dtype))
         return epsilon * jnp.maximum(largest, least)
 
     def cutoff(self, largest: jax.Array) -> jax.Array | None:
@@ -47,8 +47,10 @@ class Stack(NamedTuple):
             rtol = jnp.sum(self.inside, axis=1).astype(dtype) * jnp.finfo(dtype).eps
         else:
             rtol = jnp.asarray(self.damping.rtol, dtype)
-        atol = jnp.ldexp(jnp.asarray(self.damping.atol, dtype), -self.exponent)
-        return jnp.maximum(rtol * largest, atol)
+        return jnp.maximum(rtol * largest, self._scaled(jnp.asarray(self.damping.atol, dtype)))
+
+    def _scaled(self, number: jax.Array) -> jax.Array:
+        return times_power_of_two(jnp.broadcast_to(number, self.exponent.shape), -self.exponent)
 
 
 class Damped(NamedTuple):
@@ -133,18 +135,34 @@ def cleaned(
     finite = jnp.all(jnp.isfinite(masked), axis=(1, 2))
     clean = jnp.where(finite[:, None, None], masked, 0)
     entry = jnp.max(jnp.abs(clean), axis=(1, 2))
-    _, exponent = jnp.frexp(jnp.maximum(entry, jnp.asarray(least, entry.dtype)))
+    exponent = exponent_above(jnp.maximum(entry, jnp.asarray(least, entry.dtype)))
     return times_power_of_two(clean, -exponent), exponent, finite
 
 
+def exponent_above(x: jax.Array) -> jax.Array:
+    """The least e with ``x < 2**e``, int32, of numbers that are not negative.
+
+    Read from the bits, as powers of two are written: in whatever is computed from it, XLA repeats
+    that for every matrix that it hands to LAPACK, and ``frexp`` and ``ldexp`` are 60 operations.
+    Of zero and of subnormal numbers it is the exponent of the least normal one.
+    """
+    limits = jnp.finfo(x.dtype)
+    bits = jax.lax.bitcast_convert_type(x, f"int{limits.bits}")
+    return (bits >> limits.nmant).astype(jnp.int32) - (limits.maxexp - 2)
+
+
 def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``x [k, b, b]`` times ``2**exponent [k]``: exact, and as fast as a multiplication.
+    """``x [k, ...]`` times ``2**exponent [k]``: exact, and as fast as a multiplication.
 
     In two halves, as the power itself may leave the range of the dtype where the result does not.
     """
-    half = exponent // 2
+    limits = jnp.finfo(x.dtype)
+    half = exponent >> 1
     for part in (half, exponent - half):
-        x = x * jnp.ldexp(jnp.ones((), x.dtype), part)[:, None, None]
+        biased = jnp.clip(part + (limits.maxexp - 1), 0, 2 * limits.maxexp - 1)
+        bits = biased.astype(f"int{limits.bits}") << limits.nmant
+        power = jax.lax.bitcast_convert_type(bits, x.dtype)
+        x = x * power.reshape(-1, *[1] * (x.ndim - 1))
     return x
 
 

@@ -30,13 +30,22 @@ def in_batches(
     Returns:
       For each place what ``work`` gave for its rows.
     """
+    return _put_together(work, operands, kind, core.by_runs)
+
+
+def _put_together(
+    work: Callable[..., Any],
+    operands: Mapping[Place, tuple[Any, ...]],
+    kind: Callable[[Place], Hashable],
+    looped: Callable[..., Any],
+) -> dict[Place, Any]:
     batches: dict[Any, list[Place]] = {}
     for place, given in operands.items():
         key = kind(place), tuple((x.shape[1:], x.dtype) for x in jax.tree.leaves(given))
         batches.setdefault(key, []).append(place)
     result: dict[Place, Any] = {}
     for (of_kind, _), places in batches.items():
-        run = core.by_runs(functools.partial(work, of_kind))
+        run = looped(functools.partial(work, of_kind))
         done = run(*jax.tree.map(lambda *x: jnp.concatenate(x), *map(operands.get, places)))
         start = 0
         for place in places:
@@ -59,10 +68,10 @@ def update_in_batches(
 
     def by_itself(operands: dict[Place, tuple[Any, ...]]) -> dict[Place, Any]:
         return {
-            place: core.update_rows(functools.partial(work, kind(place)), *given, calls=True)
+            place: core.update_in_runs(functools.partial(work, kind(place)), *given, calls=True)
             for place, given in operands.items()
         }
 
-    together = functools.partial(in_batches, work, kind=kind)
+    together = lambda operands: _put_together(work, operands, kind, lambda run: run)
     on_cpu, elsewhere = core.alike([by_itself, together], operands)
     return jax.lax.platform_dependent(operands, cpu=on_cpu, default=elsewhere)

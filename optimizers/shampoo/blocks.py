@@ -6,8 +6,9 @@ A program then has as many operations as there are block shapes, and a slice or 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +73,11 @@ class Blocks:
         Returns:
           For each block shape an array ``[rows, *block]``.
         """
-        parts: dict[str, list[jax.Array]] = {name: [] for name in self.rows}
+        parts: dict[str, list[_Part]] = {name: [] for name in self.rows}
         for region in self.regions:
             leaf = leaves[region.leaf].reshape(self.merged[region.leaf])
-            parts[name_of(region.block)].append(_cut(leaf, region))
+            as_it_lies = leaf.shape[1:] == region.block[1:]
+            parts[name_of(region.block)].append(_Part(_cut(leaf, region), as_it_lies))
         return {name: _joined(found, self.rows[name]) for name, found in parts.items()}
 
     def unstack(self, stacks: Stacks, leaves: Sequence[jax.Array]) -> list[jax.Array]:
@@ -226,14 +228,20 @@ def _cut(leaf: jax.Array, region: Region) -> jax.Array:
     return tiles(jax.lax.slice(leaf, region.start, stop), region.grid, region.block)
 
 
-def _joined(parts: Sequence[jax.Array], rows: int) -> jax.Array:
+class _Part(NamedTuple):
+    """Of a stack, what comes from one leaf."""
+
+    blocks: jax.Array  # [rows, *block]
+    as_it_lies: bool  # whether the leaf's memory holds just these, one after the other
+
+
+def _joined(parts: Sequence[_Part], rows: int) -> jax.Array:
     """One array of ``rows``; zero where there are not so many."""
-    if len(parts) == 1 and len(parts[0]) == rows:
-        return parts[0]
+    kinds = [part.as_it_lies for part in parts]
     return jax.lax.platform_dependent(
-        *parts,
-        cpu=lambda *parts: _written_in_turn(parts, rows),
-        default=lambda *parts: _concatenated(parts, rows),
+        *[part.blocks for part in parts],
+        cpu=lambda *blocks: _written_in_turn(map(_Part, blocks, kinds), rows),
+        default=lambda *blocks: _concatenated(blocks, rows),
     )
 
 
@@ -243,13 +251,22 @@ def _concatenated(parts: Sequence[jax.Array], rows: int) -> jax.Array:
     return jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) if missing else stack
 
 
-def _written_in_turn(parts: Sequence[jax.Array], rows: int) -> jax.Array:
-    """Each part is cut straight into its place; XLA would cut all of them first, and then join."""
-    stack, start = jnp.zeros((rows, *parts[0].shape[1:]), parts[0].dtype), 0
-    stack = core.vary(stack, frozenset().union(*map(core.varying_axes, parts)))
-    for part in parts:
-        stack = jax.lax.dynamic_update_slice_in_dim(stack, part, start, 0)
-        start += len(part)
+def _written_in_turn(parts: Iterable[_Part], rows: int) -> jax.Array:
+    """Each part is cut straight into its place; XLA would cut all of them first, and then join.
+
+    Neighbours that need no cutting are joined: one kernel to compile, not one for each of them.
+    """
+    pieces: list[jax.Array] = []
+    for as_it_lies, found in itertools.groupby(parts, key=operator.attrgetter("as_it_lies")):
+        blocks = [part.blocks for part in found]
+        pieces += [jnp.concatenate(blocks)] if as_it_lies else blocks
+    if len(pieces) == 1:
+        return _concatenated(pieces, rows)
+    stack, start = jnp.zeros((rows, *pieces[0].shape[1:]), pieces[0].dtype), 0
+    stack = core.vary(stack, frozenset().union(*map(core.varying_axes, pieces)))
+    for piece in pieces:
+        stack = jax.lax.dynamic_update_slice_in_dim(stack, piece, start, 0)
+        start += len(piece)
     return stack
 
 

@@ -68,6 +68,22 @@ def test_stacks_hold_every_piece_of_every_leaf_once_and_are_put_together(
         np.testing.assert_array_equal(back, leaf)
 
 
+def test_leaves_that_need_no_cutting_are_stacked_by_one_operation_however_many_they_are():
+    """What compiling takes must not grow with the layers where nothing else does."""
+
+    def operations(layers):
+        # One leaf in the middle is cut along its columns; all others lie as they are needed.
+        shapes = [(4, 8)] * layers + [(4, 16)] + [(12, 8)] * layers
+        leaves = numbered(shapes)
+        plan = blocks_lib.cut(shapes, block_size=8, merge_dims=False, multiple=4 * layers + 3)
+        program = jax.jit(plan.stack).lower(leaves).as_text()
+        found = plan.unstack(plan.stack(leaves), leaves)
+        jax.tree.map(np.testing.assert_array_equal, found, leaves)
+        return [program.count(f"stablehlo.{x} ") for x in ("dynamic_update_slice", "concatenate")]
+
+    assert operations(3) == operations(6) == [3, 3]
+
+
 def test_leaves_come_back_in_their_own_dtypes():
     leaves = [jnp.ones((3, 3), jnp.bfloat16), jnp.ones(4, jnp.float16), jnp.ones(())]
     cut = blocks_lib.cut([x.shape for x in leaves], block_size=2)
