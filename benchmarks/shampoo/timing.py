@@ -23,15 +23,27 @@ def traces(
     return {name: [round(ms, 2) for ms in times[warm_up:]] for name, times in taken.items()}
 
 
-def summary(trace: list[float]) -> dict[str, Any]:
-    """Mean, median and slowest, with the trace that they are of."""
-    mean, median = statistics.fmean(trace), statistics.median(trace)
-    return {"mean": round(mean, 2), "median": round(median, 2), "slowest": max(trace), "ms": trace}
+def summary(trace: list[float], *, cycle: int) -> dict[str, Any]:
+    """Mean, median and slowest, with the trace that they are of.
+
+    Args:
+      trace: milliseconds of each step.
+      cycle: after how many steps the same work comes again. ``slowest_of_cycle`` is the slowest of
+        these, each of them the median of its times: what other work on the machine added to a
+        single step is not in it.
+    """
+    return {
+        "mean": round(statistics.fmean(trace), 2),
+        "median": round(statistics.median(trace), 2),
+        "slowest": max(trace),
+        "slowest_of_cycle": round(max(statistics.median(trace[i::cycle]) for i in range(cycle)), 2),
+        "ms": trace,
+    }
 
 
 def line(name: str, row: Mapping[str, Any]) -> str:
     """For people to read while it runs."""
     return (
         f"{name:24s} mean {row['mean']:8.1f} ms, median {row['median']:8.1f}, "
-        f"slowest {row['slowest']:8.1f}"
+        f"slowest {row['slowest']:8.1f}, of the cycle {row['slowest_of_cycle']:8.1f}"
     )
