@@ -33,7 +33,8 @@ def test_a_number_times_a_power_of_two_is_exact_and_may_pass_outside_the_range(d
     with jax.enable_x64(True):
         found = jax.jit(stack.times_power_of_two)(x, exponents)
     expected = np.ldexp(x, exponents)
-    assert np.all(np.isfinite(expected)) and np.abs(expected).min() >= limits.tiny
+    assert np.all(np.isfinite(expected))
+    assert np.abs(expected).min() >= limits.tiny
     np.testing.assert_array_equal(found, expected)
 
 
