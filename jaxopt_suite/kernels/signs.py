@@ -18,7 +18,7 @@ from jaxopt_suite import core
 from jaxopt_suite.kernels.implementations import GPU_BLOCKS, Impl, by_kernel, resolve
 
 _SLABS = 8
-_WIDEST = 1024  # block that a kernel's tile has room for
+WIDEST = 1024  # block that the kernels take: the columns of a tile on TPUs
 
 Scale = Literal["l1", "l2"]
 
@@ -73,7 +73,7 @@ def sign_encode(
 
 def signs_take(shape: tuple[int, ...], block: int) -> bool:
     """Whether the kernels take tensors of this shape: whole blocks in each of eight slabs."""
-    return block % 128 == 0 and block <= _WIDEST and math.prod(shape) % (_SLABS * block) == 0
+    return block % 128 == 0 and block <= WIDEST and math.prod(shape) % (_SLABS * block) == 0
 
 
 def sign_encode_definition(x: jax.Array, block: int, scale: Scale) -> Signs:
@@ -177,7 +177,7 @@ def _resolve(kernel: str, shape: tuple[int, ...], block: int, impl: Impl) -> str
     chosen = resolve(kernel, impl)
     if chosen != "xla" and not signs_take(shape, block):
         raise ValueError(
-            f"the kernel takes a block that is a multiple of 128 up to {_WIDEST}, and tensors of a "
+            f"the kernel takes a block that is a multiple of 128 up to {WIDEST}, and tensors of a "
             f"multiple of 8 blocks, got block={block} and shape {shape}"
         )
     return chosen

@@ -16,10 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxopt_suite.kernels.calls_tpu import interpreter, parameters
 from jaxopt_suite.kernels.implementations import alike_varying, struct_like, without_own
-from jaxopt_suite.kernels.signs import Scale
+from jaxopt_suite.kernels.signs import WIDEST, Scale
 
 _SLABS = 8
-_TILE = 32, 1024  # rows of each slab and columns, at most: 1 MiB of float32
+_TILE = 32, WIDEST  # rows of each slab and columns, at most: 1 MiB of float32
 _ROWS = 64  # of a matrix that is taken as it lies, a multiple: each slab is whole tiles of 8 rows
 
 
@@ -30,7 +30,7 @@ def encode(
 
     Args:
       x: float32, any shape that ``signs_take``.
-      block: a multiple of 128, at most 1024.
+      block: a multiple of 128, at most ``WIDEST``.
       scale: ``"l1"`` or ``"l2"``.
       impl: as ``resolve`` gives it.
     """
